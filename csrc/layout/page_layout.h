@@ -1,0 +1,93 @@
+// page_layout.h - where every byte of a page lies. The only file with byte offsets; constexpr, host and device.
+//
+//   page = num_kv_heads runs, head-major; a run = block_size / 16 atoms; an atom = 16 tokens of one KV head:
+//
+//     [ 16 key rows | 16 value rows | 16 fp16 key norms | 16 fp16 value scales | 16 fp16 value zeros ]
+//
+//   Norms exist for Lloyd-Max keys, scales and zeros for uniform values. The bytes per token are vLLM's in-tree ones, because
+//   the engine's planner assumes them; the order is ours: rows are aligned for wide loads (a 134-byte array-of-structs slot
+//   is not), and the atoms of one head are contiguous for bulk copies.
+//
+//   Rows hold codes in token-major order:
+//     8 bits  byte d is dimension d.
+//     4 bits  byte d/2; even d in the low nibble.
+//     3 bits  two planes: head_dim/4 bytes with bits 0-1 of code d at bit 2(d%4) of byte d/4, then head_dim/8 bytes with bit 2.
+//             In the second plane 32 dimensions share a little-endian 32-bit word, dimension 16h + 2i + g at bit 4i + 2h + g:
+//             then (low >> 2g) & 0x33333333 and (high >> ...) & 0x44444444 meet in the same nibbles, and eight codes become
+//             byte-permute selectors in three operations. A trailing half unit (head_dim % 32 == 16) is in natural order.
+//     32 bits floats (test only).
+#pragma once
+
+#include <cstdint>
+
+#include "codec/format.h"
+
+#if defined(__CUDACC__) || defined(__HIP__)
+#define TQ_HOST_DEVICE __host__ __device__
+#else
+#define TQ_HOST_DEVICE
+#endif
+
+namespace tq {
+
+constexpr int kAtomTokens = 16;
+constexpr int kPageAlignment = 16;  // bytes; every row block, atom and page starts at a multiple of it
+
+struct PageLayout {
+  int key_bits;
+  int value_bits;
+  bool has_key_norm;
+  bool has_value_scale;
+  int head_dim;
+  int head_dim_v;
+  int num_kv_heads;
+  int block_size;  // tokens per page, a multiple of kAtomTokens
+
+  TQ_HOST_DEVICE constexpr int key_row_bytes() const { return head_dim * key_bits / 8; }
+  TQ_HOST_DEVICE constexpr int value_row_bytes() const { return head_dim_v * value_bits / 8; }
+  TQ_HOST_DEVICE constexpr int slot_bytes() const {
+    return key_row_bytes() + value_row_bytes() + (has_key_norm ? 2 : 0) + (has_value_scale ? 4 : 0);
+  }
+  TQ_HOST_DEVICE constexpr int atom_bytes() const { return kAtomTokens * slot_bytes(); }
+  TQ_HOST_DEVICE constexpr int64_t head_bytes() const { return int64_t{block_size} * slot_bytes(); }
+  TQ_HOST_DEVICE constexpr int64_t page_bytes() const { return num_kv_heads * head_bytes(); }
+
+  // Within a page: the atom of a head that holds a token of the block.
+  TQ_HOST_DEVICE constexpr int64_t atom_offset(int kv_head, int token) const {
+    return kv_head * head_bytes() + int64_t{token / kAtomTokens} * atom_bytes();
+  }
+  // Within an atom, t in [0, 16).
+  TQ_HOST_DEVICE constexpr int key_row_offset(int t) const { return t * key_row_bytes(); }
+  TQ_HOST_DEVICE constexpr int value_row_offset(int t) const { return kAtomTokens * key_row_bytes() + t * value_row_bytes(); }
+  TQ_HOST_DEVICE constexpr int key_norm_offset(int t) const {
+    return kAtomTokens * (key_row_bytes() + value_row_bytes()) + 2 * t;
+  }
+  TQ_HOST_DEVICE constexpr int value_scale_offset(int t) const {
+    return kAtomTokens * (key_row_bytes() + value_row_bytes() + (has_key_norm ? 2 : 0)) + 2 * t;
+  }
+  TQ_HOST_DEVICE constexpr int value_zero_offset(int t) const { return value_scale_offset(t) + 2 * kAtomTokens; }
+};
+
+constexpr PageLayout make_page_layout(const Format& format, int head_dim, int head_dim_v, int num_kv_heads, int block_size) {
+  return PageLayout{format.key_bits, format.value_bits, format.has_key_norm(), format.has_value_scale(),
+                    head_dim,        head_dim_v,        num_kv_heads,          block_size};
+}
+
+// 3-bit rows: bit position, within the second plane, of bit 2 of dimension d's code.
+TQ_HOST_DEVICE constexpr int high_plane_bit(int d, int head_dim) {
+  const int unit = d / 32;
+  const int r = d % 32;
+  if (32 * unit + 32 > head_dim) return d;  // trailing half unit
+  const int h = r / 16;
+  const int i = (r % 16) / 2;
+  const int g = r % 2;
+  return 32 * unit + 4 * i + 2 * h + g;
+}
+
+// The 4-bit nc preset at head_dim 128: 134 bytes per token and head, atoms of [1024 | 1024 | 96].
+static_assert(PageLayout{4, 4, true, true, 128, 128, 8, 64}.slot_bytes() == 134);
+static_assert(PageLayout{4, 4, true, true, 128, 128, 8, 64}.key_norm_offset(0) == 2048);
+static_assert(PageLayout{3, 3, true, true, 128, 128, 8, 64}.slot_bytes() == 102);
+static_assert(high_plane_bit(79, 80) == 79 && high_plane_bit(17, 80) == 3 && high_plane_bit(2, 80) == 4);
+
+}  // namespace tq
