@@ -1,0 +1,59 @@
+#include "codec/format.h"
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <vector>
+
+namespace tq {
+namespace {
+
+constexpr std::array<Format, 5> kFormats = {{
+    {0x0101, "turboquant_k8v4", KeyCodec::kFp8E4M3, 8, ValueCodec::kUniform, 4, false},
+    {0x0201, "turboquant_4bit_nc", KeyCodec::kLloydMax, 4, ValueCodec::kUniform, 4, false},
+    {0x0301, "turboquant_k3v4_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 4, false},
+    {0x0401, "turboquant_3bit_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 3, false},
+    {0x7f01, "raw_f32", KeyCodec::kF32, 32, ValueCodec::kF32, 32, true},
+}};
+
+// Levenshtein distance, one row at a time.
+size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = row[0];
+    row[0] = i;
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t substitute = diagonal + (a[i - 1] != b[j - 1] ? 1 : 0);
+      diagonal = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, substitute});
+    }
+  }
+  return row.back();
+}
+
+}  // namespace
+
+std::span<const Format> all_formats() { return kFormats; }
+
+const Format* find_format(uint32_t id) {
+  for (const Format& format : kFormats) {
+    if (format.id == id) return &format;
+  }
+  return nullptr;
+}
+
+const Format* find_format(std::string_view name) {
+  for (const Format& format : kFormats) {
+    if (name == format.name) return &format;
+  }
+  return nullptr;
+}
+
+const Format& nearest_format(std::string_view name) {
+  return *std::min_element(kFormats.begin(), kFormats.end(), [name](const Format& a, const Format& b) {
+    return edit_distance(name, a.name) < edit_distance(name, b.name);
+  });
+}
+
+}  // namespace tq

@@ -1,0 +1,73 @@
+// api.cc - the one export of libtq_kernels_cpu.so: the private function table.
+#include <exception>
+#include <new>
+
+#include "build_id.h"
+#include "kernels/cpu/attend_task.h"
+#include "kernels/cpu/device.h"
+
+namespace tq {
+namespace {
+
+constexpr int kCpuDevice = 1;          // TQ_DEVICE_CPU
+constexpr int kResourceExhausted = 8;  // TQ_RESOURCE_EXHAUSTED
+constexpr int kInternal = 13;          // TQ_INTERNAL
+
+// No exception leaves the library: what can throw in here is the standard library's allocator and its threads.
+template <class F>
+KernelStatus guarded(F&& f) noexcept {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return {kResourceExhausted, "the CPU kernel library could not allocate host memory for its task list or threads"};
+  } catch (const std::exception&) {
+    return {kInternal, "the CPU kernel library could not start its threads"};
+  }
+}
+
+KernelStatus probe() { return {0, ""}; }
+
+KernelStatus create(int, const ParallelFor* parallel_for, DeviceState** out) {
+  return guarded([&]() -> KernelStatus {
+    auto state = std::make_unique<DeviceState>();
+    if (parallel_for != nullptr) {
+      state->parallel_for = *parallel_for;
+    } else {
+      state->pool = std::make_unique<ThreadPool>(usable_cores());
+      state->parallel_for = state->pool->parallel_for();
+    }
+    *out = state.release();
+    return {0, ""};
+  });
+}
+
+void destroy(DeviceState* state) { delete state; }
+
+const char* device_name(const DeviceState*) { return cpu_target_name(); }
+
+void counters(const DeviceState* s, KernelCounters* out) {
+  *out = {s->store_calls, s->stored_tokens, s->attend_calls, s->query_tokens, s->compressed_kv_reads};
+}
+
+KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
+  return guarded([&] { return cpu_store_kv(state, p); });
+}
+KernelStatus attend(DeviceState* state, const AttendParams& p) {
+  return guarded([&] { return cpu_attend(state, p); });
+}
+KernelStatus dequant_kv(DeviceState* state, const DequantParams& p) {
+  return guarded([&] { return cpu_dequant_kv(state, p); });
+}
+KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
+  return guarded([&] { return cpu_copy_pages(state, p); });
+}
+
+constexpr KernelApi kApi = {
+    sizeof(KernelApi), kBuildId, kCpuDevice, &probe,  &create,    &destroy,    &device_name,
+    &counters,         &cpu_workspace_size,  &store_kv, &attend,  &dequant_kv, &copy_pages,
+};
+
+}  // namespace
+}  // namespace tq
+
+extern "C" __attribute__((visibility("default"))) const tq::KernelApi* tq_kernels_get_api() { return &tq::kApi; }

@@ -1,0 +1,233 @@
+// store_task.cc - the CPU store and dequantize kernels, one token at a time.
+//
+// Encode follows codec/reference.cc's float arithmetic operation by operation, so that codes are equal bit for bit (away from
+// ties: the norm is summed in another order here).
+#include "kernels/cpu/store_task.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "codec/float_bits.h"
+#include "kernels/cpu/arch/targets.h"
+#include "kernels/cpu/attend_task.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/arch/store_task.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+#include "kernels/cpu/arch/rows-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace tq {
+namespace HWY_NAMESPACE {
+
+constexpr int kRow = kMaxHeadDim + kVectorPad;
+
+// NaN -> 0, then clamp to +-limit.
+HWY_ATTR void make_finite(float* HWY_RESTRICT x, int dim, float limit) {
+  const DF df;
+  for (int i = 0; i < dim; i += kLanes) {
+    const auto v = hn::LoadU(df, x + i);
+    const auto finite = hn::IfThenElseZero(hn::Eq(v, v), v);
+    hn::StoreU(hn::Min(hn::Max(finite, hn::Set(df, -limit)), hn::Set(df, limit)), df, x + i);
+  }
+}
+
+// out[dim] <- codes in dimension order, one byte each.
+HWY_ATTR void store_codes(hn::Vec<DI> codes, uint8_t* HWY_RESTRICT out) {
+  const hn::Rebind<uint8_t, DI> d8;
+  hn::StoreU(hn::DemoteTo(d8, codes), d8, out);
+}
+
+void pack_row(int bits, const uint8_t* HWY_RESTRICT codes, int dim, uint8_t* HWY_RESTRICT row) {
+  if (bits == 4) {
+    for (int i = 0; i < dim / 2; ++i) row[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+    return;
+  }
+  uint8_t* low = row;
+  uint8_t* high = row + dim / 4;
+  for (int i = 0; i < dim / 4; ++i) {
+    const uint8_t* c = codes + 4 * i;
+    low[i] = static_cast<uint8_t>((c[0] & 3) | (c[1] & 3) << 2 | (c[2] & 3) << 4 | (c[3] & 3) << 6);
+  }
+  uint8_t bits_of_plane[kMaxHeadDim / 8] = {};
+  for (int d = 0; d < dim; ++d) {
+    const int bit = high_plane_bit(d, dim);
+    bits_of_plane[bit / 8] = static_cast<uint8_t>(bits_of_plane[bit / 8] | (codes[d] >> 2) << (bit % 8));
+  }
+  std::memcpy(high, bits_of_plane, static_cast<size_t>(dim) / 8);
+}
+
+HWY_ATTR void encode_lloyd_max(const PagedCache& cache, float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT codes, uint8_t* atom, int t) {
+  const Codebook& book = *cache.codebook;
+  const int dim = cache.layout.head_dim;
+  const DF df;
+  const DI di;
+  make_finite(x, dim, 1e15f);
+  auto squares = hn::Zero(df);
+  for (int i = 0; i < dim; i += kLanes) {
+    const auto v = hn::LoadU(df, x + i);
+    squares = hn::MulAdd(v, v, squares);
+  }
+  const float norm = std::sqrt(hn::GetLane(hn::SumOfLanes(df, squares)));
+  for_each_hadamard_block(dim, [&](int offset, int size) HWY_ATTR {
+    hadamard_simd(x + offset, size);
+    scale_row(x + offset, size, std::sqrt(static_cast<float>(dim) / static_cast<float>(size)) / (norm + 1e-8f));
+  });
+  for (int i = 0; i < dim; i += kLanes) {
+    const auto v = hn::LoadU(df, x + i);
+    auto code = hn::Zero(di);
+    for (int m = 0; m < book.num_levels - 1; ++m) {
+      const auto above = hn::VecFromMask(df, hn::Ge(v, hn::Set(df, book.midpoints[m])));
+      code = hn::Sub(code, hn::BitCast(di, above));  // a true mask is -1
+    }
+    store_codes(code, codes + i);
+  }
+  int64_t level_squares = 0;
+  for (int i = 0; i < dim; ++i) level_squares += book.levels[codes[i]] * book.levels[codes[i]];
+  const float level_norm = std::sqrt(static_cast<float>(level_squares)) / (book.scale * std::sqrt(static_cast<float>(dim)));
+  const uint16_t stored = float_to_fp16_saturating(norm / level_norm);
+  std::memcpy(atom + cache.layout.key_norm_offset(t), &stored, sizeof(stored));
+  pack_row(cache.layout.key_bits, codes, dim, atom + cache.layout.key_row_offset(t));
+}
+
+HWY_ATTR void encode_uniform(const PagedCache& cache, float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT codes, uint8_t* atom, int t) {
+  const PageLayout& layout = cache.layout;
+  const int dim = layout.head_dim_v;
+  const DF df;
+  const DI di;
+  make_finite(x, dim, kMaxFp16);
+  auto smallest = hn::LoadU(df, x);
+  auto largest = smallest;
+  for (int i = kLanes; i < dim; i += kLanes) {
+    const auto v = hn::LoadU(df, x + i);
+    smallest = hn::Min(smallest, v);
+    largest = hn::Max(largest, v);
+  }
+  const float min = hn::GetLane(hn::MinOfLanes(df, smallest));
+  const float max = hn::GetLane(hn::MaxOfLanes(df, largest));
+  const int top = (1 << layout.value_bits) - 1;
+  const float scale = std::max((max - min) / static_cast<float>(top), 1e-8f);
+  for (int i = 0; i < dim; i += kLanes) {
+    const auto v = hn::Sub(hn::LoadU(df, x + i), hn::Set(df, min));
+    const auto q = hn::ConvertTo(di, hn::Add(hn::Div(v, hn::Set(df, scale)), hn::Set(df, 0.5f)));
+    store_codes(hn::Min(hn::Max(q, hn::Zero(di)), hn::Set(di, top)), codes + i);
+  }
+  const uint16_t stored_scale = float_to_fp16_saturating(scale);
+  const uint16_t stored_zero = float_to_fp16_saturating(min);
+  std::memcpy(atom + layout.value_scale_offset(t), &stored_scale, sizeof(stored_scale));
+  std::memcpy(atom + layout.value_zero_offset(t), &stored_zero, sizeof(stored_zero));
+  pack_row(layout.value_bits, codes, dim, atom + layout.value_row_offset(t));
+}
+
+// codes in group order -> x in dimension order, x = scale * table[code] + zero.
+HWY_ATTR void decode_codes(int bits, const uint8_t* row, int dim, const float* table, float scale, float zero, uint8_t* codes,
+                           float* HWY_RESTRICT x) {
+  unpack_row(bits, row, dim, codes);
+  for (int i = 0; i < dim; ++i) x[group_order_dim(bits, dim, i)] = table[codes[i]] * scale + zero;
+}
+
+float load_fp16(const uint8_t* at) {
+  uint16_t bits;
+  std::memcpy(&bits, at, sizeof(bits));
+  return fp16_to_float(bits);
+}
+
+HWY_ATTR void StoreTaskImpl(const StoreParams& p, int64_t token) {
+  const int64_t slot = p.slot_mapping[token];
+  if (slot < 0) return;
+  const PagedCache& cache = p.cache;
+  const PageLayout& layout = cache.layout;
+  HWY_ALIGN float x[kRow];
+  HWY_ALIGN uint8_t codes[kRow];
+  uint8_t* page = cache.data + slot / layout.block_size * cache.block_stride;
+  const int in_block = static_cast<int>(slot % layout.block_size);
+  const int t = in_block % kAtomTokens;
+  for (int head = 0; head < layout.num_kv_heads; ++head) {
+    uint8_t* atom = page + layout.atom_offset(head, in_block);
+    load_row(p.dtype, p.key, token * p.key_token_stride + head * p.key_head_stride, layout.head_dim, x);
+    uint8_t* key_row = atom + layout.key_row_offset(t);
+    switch (cache.format.key_codec) {
+      case KeyCodec::kLloydMax:
+        encode_lloyd_max(cache, x, codes, atom, t);
+        break;
+      case KeyCodec::kFp8E4M3:
+        for (int d = 0; d < layout.head_dim; ++d) key_row[d] = float_to_e4m3_saturating(x[d]);
+        break;
+      case KeyCodec::kF32:
+        std::memcpy(key_row, x, sizeof(float) * layout.head_dim);
+        break;
+    }
+    load_row(p.dtype, p.value, token * p.value_token_stride + head * p.value_head_stride, layout.head_dim_v, x);
+    if (cache.format.value_codec == ValueCodec::kUniform) {
+      encode_uniform(cache, x, codes, atom, t);
+    } else {
+      std::memcpy(atom + layout.value_row_offset(t), x, sizeof(float) * layout.head_dim_v);
+    }
+  }
+}
+
+HWY_ATTR void DequantTaskImpl(const DequantParams& p, int64_t i) {
+  const PagedCache& cache = p.cache;
+  const PageLayout& layout = cache.layout;
+  HWY_ALIGN float x[kRow];
+  HWY_ALIGN uint8_t codes[kRow];
+  const int64_t token = p.first_token + i;
+  const uint8_t* page = cache.data + p.block_table[token / layout.block_size] * cache.block_stride;
+  const int in_block = static_cast<int>(token % layout.block_size);
+  const int t = in_block % kAtomTokens;
+  float table[16];
+  for (int head = 0; head < layout.num_kv_heads; ++head) {
+    const uint8_t* atom = page + layout.atom_offset(head, in_block);
+    if (p.key_out != nullptr) {
+      const int dim = layout.head_dim;
+      const uint8_t* row = atom + layout.key_row_offset(t);
+      switch (cache.format.key_codec) {
+        case KeyCodec::kLloydMax: {
+          const Codebook& book = *cache.codebook;
+          for (int c = 0; c < book.num_levels; ++c) table[c] = book.levels[c];
+          const float unit = 1.0f / (book.scale * std::sqrt(static_cast<float>(dim)));
+          decode_codes(layout.key_bits, row, dim, table, load_fp16(atom + layout.key_norm_offset(t)) * unit, 0.0f, codes, x);
+          if (!p.keep_rotated) rotate_simd(x, dim);
+          break;
+        }
+        case KeyCodec::kFp8E4M3:
+          decode_e4m3(row, dim, x);
+          break;
+        case KeyCodec::kF32:
+          std::memcpy(x, row, sizeof(float) * dim);
+          break;
+      }
+      store_row(p.dtype, x, dim, p.key_out, (i * layout.num_kv_heads + head) * dim);
+    }
+    if (p.value_out != nullptr) {
+      const int dim = layout.head_dim_v;
+      const uint8_t* row = atom + layout.value_row_offset(t);
+      if (cache.format.value_codec == ValueCodec::kUniform) {
+        for (int c = 0; c < 16; ++c) table[c] = static_cast<float>(c);
+        decode_codes(layout.value_bits, row, dim, table, load_fp16(atom + layout.value_scale_offset(t)),
+                     load_fp16(atom + layout.value_zero_offset(t)), codes, x);
+      } else {
+        std::memcpy(x, row, sizeof(float) * dim);
+      }
+      store_row(p.dtype, x, dim, p.value_out, (i * layout.num_kv_heads + head) * dim);
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace tq
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace tq {
+
+HWY_EXPORT(StoreTaskImpl);
+HWY_EXPORT(DequantTaskImpl);
+
+void run_store_task(const StoreParams& params, int64_t token) { HWY_DYNAMIC_DISPATCH(StoreTaskImpl)(params, token); }
+
+void run_dequant_task(const DequantParams& params, int64_t token) { HWY_DYNAMIC_DISPATCH(DequantTaskImpl)(params, token); }
+
+}  // namespace tq
+#endif

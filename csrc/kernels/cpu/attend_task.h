@@ -1,0 +1,84 @@
+// attend_task.h - one unit of attention work on one thread, and the scratch memory it needs.
+//
+// A task is a tile of query tokens of one sequence times all query heads of one KV head ("Pack-GQA": they read the same
+// pages), over a range of KV tokens. A range that is a part of what the tile sees ("split-KV") leaves a partial result.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace tq {
+
+constexpr int kChunkTokens = 64;  // KV tokens between two updates of the running softmax
+constexpr int kMaxTileRows = 64;  // query tokens x query heads of a tile, if one token has no more heads than that
+constexpr int kVectorPad = 64;    // elements a row may be over-written by
+
+inline int tile_query_tokens(int heads_per_kv_head) {
+  return heads_per_kv_head >= kMaxTileRows ? 1 : kMaxTileRows / heads_per_kv_head;
+}
+inline int tile_rows(int heads_per_kv_head) { return tile_query_tokens(heads_per_kv_head) * heads_per_kv_head; }
+
+// Softmax state of a tile over a part of its KV range. Rows are r = query token * heads_per_kv_head + head.
+struct Partial {
+  float* acc;  // [rows, head_dim_v], not normalised
+  float* max;  // [rows], -inf if the row saw nothing
+  float* sum;  // [rows], sum of exp(score - max)
+};
+
+struct AttendTask {
+  const AttendParams* params;
+  int seq;
+  int kv_head;
+  int first_query;  // of the tile, in the sequence's query tokens
+  int num_queries;
+  int64_t kv_begin;  // [kv_begin, kv_end), kv_begin a multiple of kAtomTokens
+  int64_t kv_end;
+  const Partial* partial;  // null: this task sees the whole range and writes out and lse
+};
+
+// The positions that query token q (of the sequence's query_len) of a sequence of seq_len tokens may see: [begin, end).
+struct KvRange {
+  int64_t begin;
+  int64_t end;
+};
+inline KvRange visible_range(const AttendParams& p, int64_t seq_len, int64_t query_len, int64_t q) {
+  const int64_t position = seq_len - query_len + q;
+  const int64_t end = p.causal ? position + 1 : seq_len;
+  const int64_t begin = p.sliding_window > 0 && position + 1 > p.sliding_window ? position + 1 - p.sliding_window : 0;
+  return {begin, end};
+}
+
+// Scratch of one thread, carved out of the caller's workspace. Sizes in elements; every array starts at 64 bytes.
+struct AttendScratch {
+  float* row;          // [kMaxHeadDim + pad] one row being converted
+  float* query;        // [rows, head_dim] rotated queries (float keys only)
+  int16_t* query16;    // [rows, head_dim padded to 32] quantized queries (coded keys only)
+  float* query_scale;  // [rows] what an integer or float score is multiplied by, the softmax scale included
+  float* acc;          // [rows, head_dim_v]
+  float* max;          // [rows]
+  float* sum;          // [rows]
+  float* zero_sum;     // [rows] sum of p * value zero
+  float* scores;       // [rows, kChunkTokens], int32 before the softmax where keys are coded
+  int16_t* weights16;  // [rows, kChunkTokens] quantized p * value scale
+  float* weight_scale; // [rows]
+  float* key_norm;     // [kChunkTokens]
+  float* value_scale;  // [kChunkTokens]
+  float* value_zero;   // [kChunkTokens]
+  uint8_t* codes;      // [2, kMaxHeadDim + pad]
+  void* key_tile;      // [kAtomTokens, head_dim padded] int16 or float
+  void* value_tile;    // [kChunkTokens / 2, 2 * head_dim_v] int16 pairs of tokens, or [kChunkTokens, head_dim_v] float
+};
+
+// Lays the arrays out from base (64-byte aligned, or null to measure) and returns the bytes used.
+uint64_t carve_attend_scratch(const PageLayout& layout, int rows, uint8_t* base, AttendScratch* out);
+
+// Runs one task with the best instruction set of this CPU.
+void run_attend_task(const AttendTask& task, const AttendScratch& scratch);
+
+// Merges the partial results of one tile and writes out and lse. The task's kv range is not used.
+void merge_partials(const AttendTask& tile, const Partial* partials, int count, float* row_scratch);
+
+const char* cpu_target_name();
+
+}  // namespace tq
