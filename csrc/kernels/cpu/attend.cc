@@ -82,26 +82,29 @@ uint64_t count_kv_reads(const AttendParams& p) {
 uint64_t carve_attend_scratch(const PageLayout& layout, int rows, uint8_t* base, AttendScratch* out) {
   const int dim = layout.head_dim;
   const int dim_v = layout.head_dim_v;
-  const int padded = (dim + 31) / 32 * 32;
+  // The widest vectors (64 bytes of codes) pad most.
+  const int codes_per_byte = layout.value_bits == 4 ? 2 : 4;
+  const int padded_v = (dim_v / codes_per_byte + 63) / 64 * 64 * codes_per_byte;
   Carver carver{base};
   AttendScratch s;
-  s.row = carver.take<float>(kMaxHeadDim + kVectorPad);
+  s.row = carver.take<float>(2 * (kMaxHeadDim + kVectorPad));
   s.query = carver.take<float>(int64_t{rows} * dim);
-  s.query16 = carver.take<int16_t>(int64_t{rows} * padded);
+  s.query8 = carver.take<int8_t>(int64_t{rows} * dim * 2);
+  s.query_bias = carver.take<int32_t>(rows);
   s.query_scale = carver.take<float>(rows);
-  s.acc = carver.take<float>(int64_t{rows} * dim_v);
+  s.acc_stride = std::max(dim_v, padded_v);
+  s.acc = carver.take<float>(int64_t{rows} * s.acc_stride);
   s.max = carver.take<float>(rows);
   s.sum = carver.take<float>(rows);
   s.zero_sum = carver.take<float>(rows);
   s.scores = carver.take<float>(int64_t{rows} * kChunkTokens);
-  s.weights16 = carver.take<int16_t>(int64_t{rows} * kChunkTokens);
+  s.weights8 = carver.take<int8_t>(int64_t{rows} * 2 * kChunkTokens);
   s.weight_scale = carver.take<float>(rows);
   s.key_norm = carver.take<float>(kChunkTokens);
   s.value_scale = carver.take<float>(kChunkTokens);
   s.value_zero = carver.take<float>(kChunkTokens);
-  s.codes = carver.take<uint8_t>(2 * (kMaxHeadDim + kVectorPad));
-  s.key_tile = carver.take<float>(int64_t{kAtomTokens} * padded);
-  s.value_tile = carver.take<float>(int64_t{kChunkTokens} * dim_v);
+  s.key_tile = carver.take<float>(int64_t{kAtomTokens} * dim);
+  s.value_tile = carver.take<float>(int64_t{kChunkTokens} * std::max(dim_v, s.acc_stride / 4));
   if (out != nullptr) *out = s;
   return carver.used;
 }
@@ -160,7 +163,7 @@ KernelStatus cpu_attend(DeviceState* state, const AttendParams& p) {
     for_each_index(state->parallel_for, static_cast<int64_t>(tiles.size()), [&](int64_t worker, int64_t i) {
       const Tile& tile = tiles[i];
       if (tile.num_partials == 0) return;
-      merge_partials(tile.whole, &partials[tile.first_partial], tile.num_partials, scratch[worker].acc);
+      merge_partials(tile.whole, &partials[tile.first_partial], tile.num_partials, scratch[worker].row);
     });
   }
   state->attend_calls += 1;

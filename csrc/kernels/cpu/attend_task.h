@@ -12,7 +12,7 @@ namespace tq {
 
 constexpr int kChunkTokens = 64;  // KV tokens between two updates of the running softmax
 constexpr int kMaxTileRows = 64;  // query tokens x query heads of a tile, if one token has no more heads than that
-constexpr int kVectorPad = 64;    // elements a row may be over-written by
+constexpr int kVectorPad = 64;    // elements of slack behind a row
 
 inline int tile_query_tokens(int heads_per_kv_head) {
   return heads_per_kv_head >= kMaxTileRows ? 1 : kMaxTileRows / heads_per_kv_head;
@@ -51,23 +51,24 @@ inline KvRange visible_range(const AttendParams& p, int64_t seq_len, int64_t que
 
 // Scratch of one thread, carved out of the caller's workspace. Sizes in elements; every array starts at 64 bytes.
 struct AttendScratch {
-  float* row;          // [kMaxHeadDim + pad] one row being converted
-  float* query;        // [rows, head_dim] rotated queries (float keys only)
-  int16_t* query16;    // [rows, head_dim padded to 32] quantized queries (coded keys only)
-  float* query_scale;  // [rows] what an integer or float score is multiplied by, the softmax scale included
-  float* acc;          // [rows, head_dim_v]
-  float* max;          // [rows]
-  float* sum;          // [rows]
-  float* zero_sum;     // [rows] sum of p * value zero
-  float* scores;       // [rows, kChunkTokens], int32 before the softmax where keys are coded
-  int16_t* weights16;  // [rows, kChunkTokens] quantized p * value scale
-  float* weight_scale; // [rows]
-  float* key_norm;     // [kChunkTokens]
-  float* value_scale;  // [kChunkTokens]
-  float* value_zero;   // [kChunkTokens]
-  uint8_t* codes;      // [2, kMaxHeadDim + pad]
-  void* key_tile;      // [kAtomTokens, head_dim padded] int16 or float
-  void* value_tile;    // [kChunkTokens / 2, 2 * head_dim_v] int16 pairs of tokens, or [kChunkTokens, head_dim_v] float
+  float* row;           // [2, kMaxHeadDim + pad] rows being converted
+  float* query;         // [rows, head_dim] queries (float keys only)
+  int8_t* query8;       // [rows, head_dim / 4, 2 planes, 4] quantized queries (coded keys only)
+  int32_t* query_bias;  // [rows] what the level offset added to an integer score, negated
+  float* query_scale;   // [rows] what an integer or float score is multiplied by, the softmax scale included
+  int acc_stride;       // floats; at least head_dim_v, with the padding of any instruction set
+  float* acc;           // [rows, acc_stride], in the order of the value operands
+  float* max;           // [rows]
+  float* sum;           // [rows]
+  float* zero_sum;      // [rows] sum of p * value zero
+  float* scores;        // [rows, kChunkTokens], int32 before the softmax where keys are coded
+  int8_t* weights8;     // [rows, 2 planes, kChunkTokens] quantized p * value scale
+  float* weight_scale;  // [rows]
+  float* key_norm;      // [kChunkTokens]
+  float* value_scale;   // [kChunkTokens]
+  float* value_zero;    // [kChunkTokens]
+  void* key_tile;       // one atom: bytes [head_dim / 4 operands, 4 * lanes], or floats [kAtomTokens, head_dim]
+  void* value_tile;     // one chunk: bytes [groups of tokens, operands, 4 * lanes], or floats [kChunkTokens, head_dim_v]
 };
 
 // Lays the arrays out from base (64-byte aligned, or null to measure) and returns the bytes used.

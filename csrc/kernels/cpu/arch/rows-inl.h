@@ -1,4 +1,4 @@
-// rows-inl.h - one vector of head_dim elements in SIMD: load and store any dtype, rotate, unpack codes.
+// rows-inl.h - one vector of head_dim elements in SIMD: load and store any dtype, rotate, decode e4m3.
 //
 // Included once per instruction set (Highway's foreach_target), hence the toggled guard. Dimensions are multiples of 16, so
 // float vectors of 4, 8 or 16 lanes never have a remainder.
@@ -130,29 +130,6 @@ inline HWY_ATTR void rotate_simd(float* x, int dim) {
   });
 }
 
-// Codes of a packed row, one byte each, in "group order": the order in which whole registers come apart. Position p of the
-// output is dimension group_order_dim(bits, dim, p). Reads up to 63 bytes past the row (never past the atom, whose scales and
-// zeros are 64 bytes) and writes up to 63 bytes past out[dim].
-constexpr int group_order_dim(int bits, int dim, int p) {
-  if (bits == 8) return p;
-  const int groups = bits == 4 ? 2 : 4;
-  const int per_group = dim / groups;
-  return groups * (p % per_group) + p / per_group;
-}
-
-inline HWY_ATTR void unpack_4bit(const uint8_t* HWY_RESTRICT row, int dim, uint8_t* HWY_RESTRICT out) {
-  const hn::CappedTag<uint8_t, 64> d8;
-  const hn::RepartitionToWide<decltype(d8)> d16;
-  const auto nibble = hn::Set(d8, uint8_t{0x0f});
-  const int n = static_cast<int>(hn::Lanes(d8));
-  for (int i = 0; i < dim / 2; i += n) hn::StoreU(hn::And(hn::LoadU(d8, row + i), nibble), d8, out + i);
-  // The second half goes last: the first loop's last store may run into it.
-  for (int i = 0; i < dim / 2; i += n) {
-    const auto shifted = hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, hn::LoadU(d8, row + i))));
-    hn::StoreU(hn::And(shifted, nibble), d8, out + dim / 2 + i);
-  }
-}
-
 // The last 16 dimensions of a row with head_dim % 32 == 16 have their third bits in natural order: bring them into the order
 // of a full unit's word.
 inline uint32_t full_unit_word(uint32_t natural) {
@@ -163,42 +140,6 @@ inline uint32_t full_unit_word(uint32_t natural) {
     word |= ((natural >> d) & 1u) << (8 * byte + 4 * (g / 2) + g % 2);
   }
   return word;
-}
-
-template <int kGroup>
-HWY_ATTR void unpack_3bit_group(const uint8_t* HWY_RESTRICT low_plane, const uint32_t* HWY_RESTRICT words, int dim,
-                                uint8_t* HWY_RESTRICT out) {
-  const hn::CappedTag<uint64_t, 8> d64;
-  const hn::Rebind<uint32_t, decltype(d64)> d32;
-  const hn::Repartition<uint8_t, decltype(d64)> d8;
-  const int n = static_cast<int>(hn::Lanes(d64));
-  constexpr int kShift = 4 * (kGroup / 2) + kGroup % 2;
-  for (int unit = 0; unit < (dim + 31) / 32; unit += n) {
-    const auto low = hn::BitCast(d64, hn::LoadU(d8, low_plane + 8 * unit));
-    const auto word = hn::PromoteTo(d64, hn::LoadU(d32, words + unit));
-    const auto high = hn::Or(word, hn::ShiftLeft<32>(hn::ShiftRight<2>(word)));
-    const auto low_bits = hn::And(hn::ShiftRight<2 * kGroup>(low), hn::Set(d64, 0x0303030303030303ull));
-    const auto high_bit = hn::And(hn::ShiftRight<kShift>(high), hn::Set(d64, 0x0101010101010101ull));
-    hn::StoreU(hn::BitCast(d8, hn::Or(low_bits, hn::ShiftLeft<2>(high_bit))), d8, out + kGroup * (dim / 4) + 8 * unit);
-  }
-}
-
-inline HWY_ATTR void unpack_3bit(const uint8_t* HWY_RESTRICT row, int dim, uint8_t* HWY_RESTRICT out) {
-  uint32_t words[kMaxHeadDim / 32 + 8] = {};
-  std::memcpy(words, row + dim / 4, dim / 8);
-  if (dim % 32 != 0) words[dim / 32] = full_unit_word(words[dim / 32]);
-  unpack_3bit_group<0>(row, words, dim, out);
-  unpack_3bit_group<1>(row, words, dim, out);
-  unpack_3bit_group<2>(row, words, dim, out);
-  unpack_3bit_group<3>(row, words, dim, out);
-}
-
-inline HWY_ATTR void unpack_row(int bits, const uint8_t* row, int dim, uint8_t* out) {
-  if (bits == 4) {
-    unpack_4bit(row, dim, out);
-  } else {
-    unpack_3bit(row, dim, out);
-  }
 }
 
 // out[dim] <- e4m3 bytes as floats. e4m3 fits in fp16 with its exponent off by 8, and fp16 hardware converts subnormals

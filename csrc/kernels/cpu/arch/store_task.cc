@@ -10,6 +10,7 @@
 #include "codec/float_bits.h"
 #include "kernels/cpu/arch/targets.h"
 #include "kernels/cpu/attend_task.h"
+#include "layout/reference_page.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/arch/store_task.cc"
@@ -120,11 +121,9 @@ HWY_ATTR void encode_uniform(const PagedCache& cache, float* HWY_RESTRICT x, uin
   pack_row(layout.value_bits, codes, dim, atom + layout.value_row_offset(t));
 }
 
-// codes in group order -> x in dimension order, x = scale * table[code] + zero.
-HWY_ATTR void decode_codes(int bits, const uint8_t* row, int dim, const float* table, float scale, float zero, uint8_t* codes,
-                           float* HWY_RESTRICT x) {
-  unpack_row(bits, row, dim, codes);
-  for (int i = 0; i < dim; ++i) x[group_order_dim(bits, dim, i)] = table[codes[i]] * scale + zero;
+// x[dim] <- scale * table[code] + zero.
+void decode_codes(int bits, const uint8_t* row, int dim, const float* table, float scale, float zero, float* HWY_RESTRICT x) {
+  for (int d = 0; d < dim; ++d) x[d] = table[unpack_code(row, bits, dim, d)] * scale + zero;
 }
 
 float load_fp16(const uint8_t* at) {
@@ -171,7 +170,6 @@ HWY_ATTR void DequantTaskImpl(const DequantParams& p, int64_t i) {
   const PagedCache& cache = p.cache;
   const PageLayout& layout = cache.layout;
   HWY_ALIGN float x[kRow];
-  HWY_ALIGN uint8_t codes[kRow];
   const int64_t token = p.first_token + i;
   const uint8_t* page = cache.data + p.block_table[token / layout.block_size] * cache.block_stride;
   const int in_block = static_cast<int>(token % layout.block_size);
@@ -187,7 +185,7 @@ HWY_ATTR void DequantTaskImpl(const DequantParams& p, int64_t i) {
           const Codebook& book = *cache.codebook;
           for (int c = 0; c < book.num_levels; ++c) table[c] = book.levels[c];
           const float unit = 1.0f / (book.scale * std::sqrt(static_cast<float>(dim)));
-          decode_codes(layout.key_bits, row, dim, table, load_fp16(atom + layout.key_norm_offset(t)) * unit, 0.0f, codes, x);
+          decode_codes(layout.key_bits, row, dim, table, load_fp16(atom + layout.key_norm_offset(t)) * unit, 0.0f, x);
           if (!p.keep_rotated) rotate_simd(x, dim);
           break;
         }
@@ -206,7 +204,7 @@ HWY_ATTR void DequantTaskImpl(const DequantParams& p, int64_t i) {
       if (cache.format.value_codec == ValueCodec::kUniform) {
         for (int c = 0; c < 16; ++c) table[c] = static_cast<float>(c);
         decode_codes(layout.value_bits, row, dim, table, load_fp16(atom + layout.value_scale_offset(t)),
-                     load_fp16(atom + layout.value_zero_offset(t)), codes, x);
+                     load_fp16(atom + layout.value_zero_offset(t)), x);
       } else {
         std::memcpy(x, row, sizeof(float) * dim);
       }
