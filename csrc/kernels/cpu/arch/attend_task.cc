@@ -17,6 +17,7 @@
 // Highway re-includes this file once per instruction set.
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "kernels/cpu/arch/key_tile-inl.h"
 #include "kernels/cpu/arch/rows-inl.h"
@@ -236,13 +237,20 @@ HWY_ATTR void AttendTaskImpl(const AttendTask& task, const AttendScratch& s) {
   std::fill(s.zero_sum, s.zero_sum + rows, 0.0f);
   std::fill(s.acc, s.acc + rows * s.acc_stride, 0.0f);
 
+  // The atom that holds a token. Atoms of one head lie page by page, so the hardware's own prefetcher loses the trail.
+  auto atom_of = [&](int64_t token) {
+    const uint8_t* page = cache.data + blocks[token / layout.block_size] * cache.block_stride;
+    return page + layout.atom_offset(task.kv_head, static_cast<int>(token % layout.block_size));
+  };
   const uint8_t* atoms[kChunkTokens / kAtomTokens];
   for (int64_t chunk = task.kv_begin; chunk < task.kv_end; chunk += kChunkTokens) {
     const int tokens = static_cast<int>(std::min<int64_t>(kChunkTokens, task.kv_end - chunk));
     for (int t = 0; t < tokens; t += kAtomTokens) {
-      const int64_t token = chunk + t;
-      const uint8_t* page = cache.data + blocks[token / layout.block_size] * cache.block_stride;
-      atoms[t / kAtomTokens] = page + layout.atom_offset(task.kv_head, static_cast<int>(token % layout.block_size));
+      atoms[t / kAtomTokens] = atom_of(chunk + t);
+      if (chunk + t + kChunkTokens < task.kv_end) {
+        const uint8_t* next = atom_of(chunk + t + kChunkTokens);
+        for (int i = 0; i < layout.atom_bytes(); i += 64) hwy::Prefetch(next + i);
+      }
       const int valid = std::min(kAtomTokens, tokens - t);
       score_keys(cache, atoms[t / kAtomTokens], valid, rows, s, t);
     }
