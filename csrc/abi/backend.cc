@@ -1,0 +1,160 @@
+#include "abi/backend.h"
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+
+#include "abi/loader.h"
+
+namespace tq {
+namespace {
+
+template <size_t N>
+void copy_text(const std::string& from, char (&to)[N]) {
+  const size_t length = std::min(from.size(), N - 1);
+  std::memcpy(to, from.data(), length);
+  to[length] = '\0';
+}
+
+// One bit of check_layer each.
+struct Requirement {
+  bool (*unmet)(const TqLayerDesc&);
+  const char* reason;
+};
+constexpr Requirement kRequirements[] = {
+    {[](const TqLayerDesc& d) { return d.attention_kind == TQ_ATTENTION_MLA; },
+     "MLA is not served: its cache is one latent vector that is key and value at once; use an fp8 cache for this model."},
+    {[](const TqLayerDesc& d) { return d.attention_kind == TQ_ATTENTION_ENCODER || d.attention_kind == TQ_ATTENTION_CROSS; },
+     "Encoder and cross attention are not served: leave these layers to the engine's own backend."},
+    {[](const TqLayerDesc& d) {
+       auto bad = [](int dim) { return dim < kHeadDimMultiple || dim > kMaxHeadDim || dim % kHeadDimMultiple != 0; };
+       return bad(d.head_dim) || (d.head_dim_v != 0 && bad(d.head_dim_v));
+     },
+     "The head dimension is not served: it must be a multiple of 16 from 16 to 512."},
+    {[](const TqLayerDesc& d) { return d.num_kv_heads < 1 || d.num_heads < 1 || d.num_heads % d.num_kv_heads != 0; },
+     "The head counts are not served: query heads must be a multiple of KV heads."},
+    {[](const TqLayerDesc& d) { return find_format(d.format_id) == nullptr; },
+     "The KV format is unknown to this version of tq-backend."},
+    {[](const TqLayerDesc& d) {
+       return d.dtype != TQ_DTYPE_F32 && d.dtype != TQ_DTYPE_F16 && d.dtype != TQ_DTYPE_BF16;
+     },
+     "The dtype is not served: it must be float32, float16 or bfloat16."},
+};
+
+}  // namespace
+
+Status from_kernel(const KernelStatus& status) {
+  if (status.code == TQ_OK) return {};
+  return {status.code, status.message};
+}
+
+Status create_backend(const TqBackendOptions* given, TqBackend** out) {
+  if (out == nullptr) return invalid("out is NULL; it must point to a TqBackend*");
+  TqBackendOptions options;
+  if (Status s = read_struct("options", given, sizeof(TqBackendOptions), &options); !s.ok()) return s;
+  if (std::find(std::begin(kDeviceKinds), std::end(kDeviceKinds), options.device_kind) == std::end(kDeviceKinds)) {
+    return invalid("options.device_kind is " + std::to_string(options.device_kind) + "; it must be CPU (1), CUDA (2) or HIP (3)");
+  }
+  if (options.device_index < 0) {
+    return invalid("options.device_index is " + std::to_string(options.device_index) + "; it must not be negative");
+  }
+  ParallelFor parallel_for = {};
+  if (options.parallel_for != nullptr) {
+    TqParallelFor p;
+    if (Status s = read_struct("options.parallel_for", options.parallel_for, sizeof(TqParallelFor), &p); !s.ok()) return s;
+    if (p.run == nullptr) return invalid("options.parallel_for.run is NULL; pass no parallel_for to use the library's threads");
+    if (p.num_threads < 1 || p.num_threads > 4096) {
+      return invalid("options.parallel_for.num_threads is " + std::to_string(p.num_threads) + "; it must be from 1 to 4096");
+    }
+    parallel_for = {p.num_threads, p.context, p.run};
+  }
+  const std::string path = kernel_library_path(
+      options.kernels_dir != nullptr ? options.kernels_dir : default_kernels_dir(), options.device_kind);
+  const KernelApi* kernels = nullptr;
+  if (Status s = load_kernel_library(path, options.device_kind, &kernels); !s.ok()) return s;
+  if (Status s = from_kernel(kernels->probe()); !s.ok()) return s;
+  DeviceState* state = nullptr;
+  if (Status s = from_kernel(
+          kernels->create(options.device_index, options.parallel_for != nullptr ? &parallel_for : nullptr, &state));
+      !s.ok()) {
+    return s;
+  }
+  *out = new TqBackend{kernels, state, path};
+  return {};
+}
+
+void destroy_backend(TqBackend* backend) {
+  if (backend == nullptr) return;
+  backend->kernels->destroy(backend->state);
+  delete backend;
+}
+
+Status list_libraries(const char* kernels_dir, TqLibraryInfo* out, int64_t* count) {
+  if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
+  constexpr int64_t kNumber = std::size(kDeviceKinds);
+  if (out == nullptr) {
+    *count = kNumber;
+    return {};
+  }
+  if (*count < kNumber) {
+    return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(kNumber) + " rows");
+  }
+  for (int64_t i = 0; i < kNumber; ++i) {
+    TqLibraryInfo row = {};
+    row.struct_size = sizeof(row);
+    row.device_kind = kDeviceKinds[i];
+    const std::string path =
+        kernel_library_path(kernels_dir != nullptr ? kernels_dir : default_kernels_dir(), kDeviceKinds[i]);
+    copy_text(path, row.path);
+    const KernelApi* kernels = nullptr;
+    Status status = load_kernel_library(path, kDeviceKinds[i], &kernels);
+    if (status.ok()) {
+      copy_text(kernels->build_id, row.build_id);
+      status = from_kernel(kernels->probe());
+    }
+    row.usable = status.ok() ? 1 : 0;
+    copy_text(status.ok() ? "its build id matches and its device is there" : status.message, row.reason);
+    if (Status s = write_struct("out[i]", row, sizeof(TqLibraryInfo), &out[i]); !s.ok()) return s;
+  }
+  *count = kNumber;
+  return {};
+}
+
+Status query_caps(const TqBackend& backend, TqCaps* out) {
+  TqCaps caps = {};
+  caps.device_kind = backend.kernels->device_kind;
+  copy_text(backend.library, caps.library);
+  copy_text(backend.kernels->build_id, caps.build_id);
+  copy_text(backend.kernels->device_name(backend.state), caps.device_name);
+  return write_struct("out", caps, sizeof(TqCaps), out);
+}
+
+Status query_counters(const TqBackend& backend, TqCounters* out) {
+  KernelCounters from;
+  backend.kernels->counters(backend.state, &from);
+  TqCounters counters = {};
+  counters.store_calls = from.store_calls;
+  counters.stored_tokens = from.stored_tokens;
+  counters.attend_calls = from.attend_calls;
+  counters.query_tokens = from.query_tokens;
+  counters.compressed_kv_reads = from.compressed_kv_reads;
+  return write_struct("out", counters, sizeof(TqCounters), out);
+}
+
+Status check_layer(const TqLayerDesc* layer, uint64_t* unmet) {
+  if (unmet == nullptr) return invalid("unmet is NULL; it must point to a bit mask");
+  TqLayerDesc d;
+  if (Status s = read_struct("layer", layer, sizeof(TqLayerDesc), &d); !s.ok()) return s;
+  uint64_t bits = 0;
+  for (size_t i = 0; i < std::size(kRequirements); ++i) {
+    if (kRequirements[i].unmet(d)) bits |= uint64_t{1} << i;
+  }
+  *unmet = bits;
+  return {};
+}
+
+const char* unmet_reason(int bit) {
+  return bit >= 0 && bit < static_cast<int>(std::size(kRequirements)) ? kRequirements[bit].reason : nullptr;
+}
+
+}  // namespace tq

@@ -1,0 +1,62 @@
+#include "abi/loader.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <cstdlib>
+
+#include "build_id.h"
+
+namespace tq {
+
+const char* device_kind_name(int device_kind) {
+  switch (device_kind) {
+    case TQ_DEVICE_CPU:
+      return "cpu";
+    case TQ_DEVICE_CUDA:
+      return "cuda";
+    case TQ_DEVICE_HIP:
+      return "hip";
+  }
+  return "unknown";
+}
+
+std::string default_kernels_dir() {
+  if (const char* dir = std::getenv("TQ_KERNELS_DIR"); dir != nullptr && *dir != '\0') return dir;
+  Dl_info info;
+  if (dladdr(reinterpret_cast<const void*>(&default_kernels_dir), &info) == 0 || info.dli_fname == nullptr) return ".";
+  const std::string path = info.dli_fname;
+  const size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
+std::string kernel_library_path(const std::string& dir, int device_kind) {
+  return dir + "/libtq_kernels_" + device_kind_name(device_kind) + ".so";
+}
+
+Status load_kernel_library(const std::string& path, int device_kind, const KernelApi** api) {
+  if (access(path.c_str(), F_OK) != 0) {
+    return {TQ_UNAVAILABLE, "there is no " + path + "; this package was built without the " + device_kind_name(device_kind) +
+                                " kernels"};
+  }
+  // RTLD_LOCAL: two kernel libraries export the same symbol. Never closed: backends hold pointers into it.
+  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) return {TQ_UNAVAILABLE, std::string("the kernel library cannot be opened: ") + dlerror()};
+  const auto get_api = reinterpret_cast<TqKernelsGetApi>(dlsym(handle, "tq_kernels_get_api"));
+  const KernelApi* found = get_api != nullptr ? get_api() : nullptr;
+  if (found == nullptr || found->struct_size < 2 * sizeof(void*) || found->build_id == nullptr) {
+    return {TQ_FAILED_PRECONDITION, path + " is not a kernel library of tq-backend: it does not export tq_kernels_get_api"};
+  }
+  if (std::string(found->build_id) != kBuildId) {
+    return {TQ_FAILED_PRECONDITION, path + " has build id " + found->build_id + "; this libtq_backend.so needs " + kBuildId +
+                                        ": install both from one wheel"};
+  }
+  if (found->device_kind != device_kind) {
+    return {TQ_FAILED_PRECONDITION, path + " holds kernels for " + device_kind_name(found->device_kind) + ", not for " +
+                                        device_kind_name(device_kind)};
+  }
+  *api = found;
+  return {};
+}
+
+}  // namespace tq

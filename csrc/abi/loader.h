@@ -1,0 +1,23 @@
+// loader.h - finds a kernel library, opens it once and never closes it. The only dlopen of the project.
+#pragma once
+
+#include <string>
+
+#include "abi/error.h"
+#include "kernels/kernels.h"
+
+namespace tq {
+
+constexpr int kDeviceKinds[] = {TQ_DEVICE_CPU, TQ_DEVICE_CUDA, TQ_DEVICE_HIP};
+
+const char* device_kind_name(int device_kind);  // "cpu", "cuda", "hip"
+
+// $TQ_KERNELS_DIR, else the folder that libtq_backend.so lies in.
+std::string default_kernels_dir();
+
+std::string kernel_library_path(const std::string& dir, int device_kind);
+
+// Opens the library and compares build ids. On success *api stays valid for the life of the process.
+Status load_kernel_library(const std::string& path, int device_kind, const KernelApi** api);
+
+}  // namespace tq
