@@ -1,0 +1,231 @@
+// native.cc - the host half of the C ABI for Python: formats, planner, reference codec, library checks. No torch.
+//
+// Errors become ValueError, NotImplementedError or RuntimeError with the library's own sentence.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "tq_backend.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void raise_if(int32_t code, const TqError& error) {
+  switch (code) {
+    case TQ_OK:
+      return;
+    case TQ_INVALID_ARGUMENT:
+    case TQ_NOT_FOUND:
+      throw py::value_error(error.message);
+    case TQ_UNIMPLEMENTED:
+      PyErr_SetString(PyExc_NotImplementedError, error.message);
+      throw py::error_already_set();
+    default:
+      throw std::runtime_error(error.message);
+  }
+}
+
+const TqApi& api() {
+  static const TqApi* table = [] {
+    TqError error = {sizeof(TqError), 0, ""};
+    const TqApi* found = tq_get_api(TQ_ABI_MAJOR, &error);
+    if (found == nullptr) throw std::runtime_error(error.message);
+    return found;
+  }();
+  return *table;
+}
+
+template <class F, class... Args>
+void call(F function, Args... args) {
+  TqError error = {sizeof(TqError), 0, ""};
+  raise_if(function(args..., &error), error);
+}
+
+template <class T>
+T sized() {
+  T value = {};
+  value.struct_size = sizeof(T);
+  return value;
+}
+
+py::dict to_dict(const TqFormatInfo& f) {
+  py::dict d;
+  d["format_id"] = f.format_id;
+  d["name"] = f.name;
+  d["key_bits"] = f.key_bits;
+  d["value_bits"] = f.value_bits;
+  d["test_only"] = f.test_only != 0;
+  return d;
+}
+
+TqFormatInfo find_format(const std::string& name) {
+  auto info = sized<TqFormatInfo>();
+  call(api().format_by_name, name.c_str(), &info);
+  return info;
+}
+
+py::list formats() {
+  int64_t count = 0;
+  call(api().list_formats, static_cast<TqFormatInfo*>(nullptr), &count);
+  std::vector<TqFormatInfo> rows(static_cast<size_t>(count), sized<TqFormatInfo>());
+  call(api().list_formats, rows.data(), &count);
+  py::list out;
+  for (const TqFormatInfo& row : rows) out.append(to_dict(row));
+  return out;
+}
+
+py::dict codebook(const std::string& format) {
+  auto book = sized<TqCodebook>();
+  call(api().codebook, find_format(format).format_id, &book);
+  py::dict d;
+  d["bits"] = book.bits;
+  d["scale"] = book.scale;
+  d["levels"] = std::vector<int>(book.levels, book.levels + book.num_levels);
+  d["midpoints"] = std::vector<float>(book.midpoints, book.midpoints + book.num_levels - 1);
+  return d;
+}
+
+using Rows = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+Rows fake_quantize(const std::string& format, bool is_key, const Rows& x) {
+  if (x.ndim() != 2) {
+    throw py::value_error("x has " + std::to_string(x.ndim()) + " dimensions; it must have 2, rows and head_dim");
+  }
+  Rows out({x.shape(0), x.shape(1)});
+  call(api().fake_quantize, find_format(format).format_id, is_key ? 1 : 0, static_cast<int32_t>(x.shape(1)),
+       static_cast<int64_t>(x.shape(0)), x.data(), out.mutable_data());
+  return out;
+}
+
+TqLayerDesc make_layer(const std::string& format, int num_kv_heads, int head_dim, int head_dim_v, int kv_sharing_target) {
+  auto layer = sized<TqLayerDesc>();
+  layer.format_id = find_format(format).format_id;
+  layer.num_heads = num_kv_heads;
+  layer.num_kv_heads = num_kv_heads;
+  layer.head_dim = head_dim;
+  layer.head_dim_v = head_dim_v;
+  layer.dtype = TQ_DTYPE_F32;
+  layer.attention_kind = TQ_ATTENTION_DECODER;
+  layer.kv_sharing_target = kv_sharing_target;
+  return layer;
+}
+
+py::dict kv_cache_spec(const std::string& format, int num_kv_heads, int head_dim, int head_dim_v) {
+  const TqLayerDesc layer = make_layer(format, num_kv_heads, head_dim, head_dim_v, -1);
+  auto spec = sized<TqKvCacheSpec>();
+  call(api().kv_cache_spec, &layer, &spec);
+  py::dict d;
+  d["format_id"] = spec.format_id;
+  d["slot_bytes"] = spec.slot_bytes;
+  d["bytes_per_token"] = spec.bytes_per_token;
+  d["block_size_multiple"] = spec.block_size_multiple;
+  d["alignment"] = spec.alignment;
+  return d;
+}
+
+// layers: dictionaries with format, num_kv_heads, head_dim and, if they differ from 0 and -1, head_dim_v, kv_sharing_target.
+py::dict plan_pages(const std::vector<py::dict>& layers, int block_size, int64_t memory_bytes) {
+  std::vector<TqLayerDesc> descs;
+  for (const py::dict& layer : layers) {
+    auto get = [&layer](const char* key, int otherwise) {
+      return layer.contains(key) ? layer[key].cast<int>() : otherwise;
+    };
+    descs.push_back(make_layer(layer["format"].cast<std::string>(), get("num_kv_heads", 0), get("head_dim", 0),
+                               get("head_dim_v", 0), get("kv_sharing_target", -1)));
+  }
+  auto request = sized<TqPlanRequest>();
+  request.block_size = block_size;
+  request.layers = descs.data();
+  request.num_layers = static_cast<int64_t>(descs.size());
+  request.memory_bytes = memory_bytes;
+  std::vector<TqPagePlan> rows(descs.size(), sized<TqPagePlan>());
+  auto count = static_cast<int64_t>(rows.size());
+  auto summary = sized<TqPlanSummary>();
+  call(api().plan_pages, &request, rows.data(), &count, &summary);
+  py::list per_layer;
+  for (const TqPagePlan& row : rows) {
+    py::dict d;
+    d["group"] = row.group;
+    d["block_size"] = row.block_size;
+    d["page_bytes"] = row.page_bytes;
+    d["padding_bytes"] = row.padding_bytes;
+    per_layer.append(d);
+  }
+  py::dict d;
+  d["layers"] = per_layer;
+  d["num_groups"] = summary.num_groups;
+  d["bytes_per_block"] = summary.bytes_per_block;
+  d["num_blocks"] = summary.num_blocks;
+  d["kv_tokens"] = summary.kv_tokens;
+  return d;
+}
+
+const char* kind_name(int kind) { return kind == TQ_DEVICE_CPU ? "cpu" : kind == TQ_DEVICE_CUDA ? "cuda" : "hip"; }
+
+py::list libraries(const std::optional<std::string>& kernels_dir) {
+  int64_t count = 0;
+  const char* dir = kernels_dir.has_value() ? kernels_dir->c_str() : nullptr;
+  call(api().list_libraries, dir, static_cast<TqLibraryInfo*>(nullptr), &count);
+  std::vector<TqLibraryInfo> rows(static_cast<size_t>(count), sized<TqLibraryInfo>());
+  call(api().list_libraries, dir, rows.data(), &count);
+  py::list out;
+  for (const TqLibraryInfo& row : rows) {
+    py::dict d;
+    d["kind"] = kind_name(row.device_kind);
+    d["usable"] = row.usable != 0;
+    d["path"] = row.path;
+    d["build_id"] = row.build_id;
+    d["reason"] = row.reason;
+    out.append(d);
+  }
+  return out;
+}
+
+// What check_layer of a backend of this kind ("cpu", "cuda", "hip") finds unmet: a list of sentences, empty if all is served.
+std::vector<std::string> unmet(const std::string& kind, const std::string& format, int num_heads, int num_kv_heads,
+                               int head_dim, int head_dim_v, const std::string& attention_kind) {
+  auto options = sized<TqBackendOptions>();
+  options.device_kind = kind == "cuda" ? TQ_DEVICE_CUDA : kind == "hip" ? TQ_DEVICE_HIP : TQ_DEVICE_CPU;
+  TqBackend* backend = nullptr;
+  call(api().create_backend, &options, &backend);
+  TqLayerDesc layer = make_layer(format, num_kv_heads, head_dim, head_dim_v, -1);
+  layer.num_heads = num_heads;
+  layer.attention_kind = attention_kind == "mla"       ? TQ_ATTENTION_MLA
+                         : attention_kind == "encoder" ? TQ_ATTENTION_ENCODER
+                         : attention_kind == "cross"   ? TQ_ATTENTION_CROSS
+                                                       : TQ_ATTENTION_DECODER;
+  uint64_t bits = 0;
+  TqError error = {sizeof(TqError), 0, ""};
+  const int32_t code = api().check_layer(backend, &layer, &bits, &error);
+  api().destroy_backend(backend);
+  raise_if(code, error);
+  std::vector<std::string> out;
+  for (int bit = 0; bit < 64; ++bit) {
+    if ((bits >> bit & 1) != 0) out.emplace_back(api().unmet_reason(bit));
+  }
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Formats, planner, reference codec and checks of libtq_backend.so.";
+  m.def("abi_version", [] { return py::make_tuple(tq_abi_version() >> 16, tq_abi_version() & 0xffff); });
+  m.def("build_id", [] { return std::string(api().build_id()); });
+  m.def("formats", &formats, "All KV formats as dictionaries.");
+  m.def("format_by_name", [](const std::string& name) { return to_dict(find_format(name)); }, py::arg("name"));
+  m.def("codebook", &codebook, py::arg("format"));
+  m.def("fake_quantize", &fake_quantize, py::arg("format"), py::arg("is_key"), py::arg("x"),
+        "What float32 rows [rows, head_dim] read back as after a store; keys come back unrotated.");
+  m.def("kv_cache_spec", &kv_cache_spec, py::arg("format"), py::arg("num_kv_heads"), py::arg("head_dim"),
+        py::arg("head_dim_v") = 0);
+  m.def("plan_pages", &plan_pages, py::arg("layers"), py::arg("block_size"), py::arg("memory_bytes"));
+  m.def("libraries", &libraries, py::arg("kernels_dir") = std::nullopt);
+  m.def("unmet", &unmet, py::arg("kind"), py::arg("format"), py::arg("num_heads"), py::arg("num_kv_heads"),
+        py::arg("head_dim"), py::arg("head_dim_v") = 0, py::arg("attention_kind") = "decoder");
+}

@@ -1,0 +1,308 @@
+// ops.cc - the kernels as LibTorch operators, through the stable ABI: one binary for every torch from 2.10 on.
+//
+// Checks what only torch knows (rank, dtype, device, contiguity), then hands pointers to the C ABI, whose sentences become
+// the exceptions' texts. Tensors: query, out [tokens, heads, head_dim], key, value [tokens, kv_heads, head_dim], float32,
+// float16 or bfloat16 with a contiguous last dimension; pages uint8 [blocks, ...], each block one contiguous run of bytes;
+// slot_mapping int64 [tokens]; query_start_loc int32 [seqs + 1]; seq_lens int32 [seqs]; block_table int32 [seqs, blocks].
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "tq_backend.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void fail(const std::string& sentence) { throw std::runtime_error("tq_backend: " + sentence); }
+
+const TqApi& api() {
+  static const TqApi* table = [] {
+    TqError error = {sizeof(TqError), 0, ""};
+    const TqApi* found = tq_get_api(TQ_ABI_MAJOR, &error);
+    if (found == nullptr) fail(error.message);
+    return found;
+  }();
+  return *table;
+}
+
+// Calls an ABI function and throws its sentence.
+template <class F, class... Args>
+void call(F function, Args... args) {
+  TqError error = {sizeof(TqError), 0, ""};
+  if (function(args..., &error) != TQ_OK) fail(error.message);
+}
+
+// The process's CPU backend, on torch's own threads: the engine has already bound them to cores.
+TqBackend* cpu_backend() {
+  static TqBackend* backend = [] {
+    static TqParallelFor pool = {};
+    pool.struct_size = sizeof(pool);
+    pool.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
+    pool.run = [](void*, int64_t count, void (*task)(void*, int64_t), void* arg) {
+      torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) task(arg, i);
+      });
+    };
+    TqBackendOptions options = {};
+    options.struct_size = sizeof(options);
+    options.device_kind = TQ_DEVICE_CPU;
+    options.parallel_for = &pool;
+    TqBackend* made = nullptr;
+    call(api().create_backend, &options, &made);
+    return made;
+  }();
+  return backend;
+}
+
+int32_t dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return TQ_DTYPE_F32;
+    case ScalarType::Half:
+      return TQ_DTYPE_F16;
+    case ScalarType::BFloat16:
+      return TQ_DTYPE_BF16;
+    default:
+      fail(std::string(name) + " has another dtype than float32, float16 or bfloat16");
+  }
+}
+
+void need(const char* name, const Tensor& t, int64_t rank, ScalarType type, const char* type_name) {
+  if (!t.is_cpu()) fail(std::string(name) + " is not on the CPU; this call takes CPU tensors");
+  if (t.dim() != rank) {
+    fail(std::string(name) + " has " + std::to_string(t.dim()) + " dimensions; it must have " + std::to_string(rank));
+  }
+  if (t.scalar_type() != type) fail(std::string(name) + " has another dtype than " + type_name);
+  if (rank > 0 && t.numel() > 1 && t.stride(rank - 1) != 1) {
+    fail(std::string(name) + " is strided in its last dimension; it must be contiguous there");
+  }
+}
+
+void need_heads(const char* name, const Tensor& t, int32_t dtype) {
+  if (dtype_of(name, t) != dtype) fail(std::string(name) + " has another dtype than the other tensors; they must agree");
+  need(name, t, 3, t.scalar_type(), "itself");
+}
+
+void need_size(const char* name, const Tensor& t, int64_t dim, int64_t size) {
+  if (t.size(dim) != size) {
+    fail(std::string(name) + " has size " + std::to_string(t.size(dim)) + " in dimension " + std::to_string(dim) +
+         "; it must be " + std::to_string(size));
+  }
+}
+
+// A per-head float vector, or null.
+const float* head_floats(const char* name, const std::optional<Tensor>& t, int64_t num_heads) {
+  if (!t.has_value()) return nullptr;
+  need(name, *t, 1, ScalarType::Float, "float32");
+  need_size(name, *t, 0, num_heads);
+  return static_cast<const float*>(t->data_ptr());
+}
+
+TqLayerDesc make_layer(int64_t format_id, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t head_dim_v,
+                       int32_t dtype) {
+  TqLayerDesc layer = {};
+  layer.struct_size = sizeof(layer);
+  layer.format_id = static_cast<uint32_t>(format_id);
+  layer.num_heads = static_cast<int32_t>(num_heads);
+  layer.num_kv_heads = static_cast<int32_t>(num_kv_heads);
+  layer.head_dim = static_cast<int32_t>(head_dim);
+  layer.head_dim_v = static_cast<int32_t>(head_dim_v);
+  layer.dtype = dtype;
+  layer.attention_kind = TQ_ATTENTION_DECODER;
+  layer.kv_sharing_target = -1;
+  return layer;
+}
+
+TqPages make_pages(const Tensor& t, const TqLayerDesc& layer, int64_t block_size) {
+  if (!t.is_cpu()) fail("pages is not on the CPU; this call takes CPU tensors");
+  if (t.scalar_type() != ScalarType::Byte) fail("pages has another dtype than uint8");
+  if (t.dim() < 2) fail("pages has " + std::to_string(t.dim()) + " dimensions; it must have at least 2, the first for blocks");
+  // Within a block the bytes must be one run, whatever the dimensions are called.
+  int64_t run = 1;
+  for (int64_t d = t.dim() - 1; d > 0; --d) {
+    if (t.size(d) != 1 && t.stride(d) != run) fail("pages is not contiguous within a block; each block must be one run of bytes");
+    run *= t.size(d);
+  }
+  TqKvCacheSpec spec = {};
+  spec.struct_size = sizeof(spec);
+  call(api().kv_cache_spec, &layer, &spec);
+  if (block_size <= 0 || run < spec.bytes_per_token * block_size) {
+    fail("pages has " + std::to_string(run) + " bytes in a block; " + std::to_string(block_size) + " tokens of this layer need " +
+         std::to_string(spec.bytes_per_token * block_size));
+  }
+  TqPages pages = {};
+  pages.struct_size = sizeof(pages);
+  pages.format_id = layer.format_id;
+  pages.data = t.data_ptr();
+  pages.num_blocks = t.size(0);
+  pages.block_stride_bytes = t.size(0) > 1 ? t.stride(0) : run;
+  pages.block_size = static_cast<int32_t>(block_size);
+  return pages;
+}
+
+void store_kv(Tensor key, Tensor value, Tensor pages, Tensor slot_mapping, int64_t format_id, int64_t block_size) {
+  const int32_t dtype = dtype_of("key", key);
+  need_heads("key", key, dtype);
+  need_heads("value", value, dtype);
+  need("slot_mapping", slot_mapping, 1, ScalarType::Long, "int64");
+  // Engines pad key and value beyond the slots they give.
+  const int64_t tokens = slot_mapping.size(0);
+  if (key.size(0) < tokens || value.size(0) < tokens) {
+    fail("key and value have " + std::to_string(key.size(0)) + " and " + std::to_string(value.size(0)) +
+         " tokens; slot_mapping has " + std::to_string(tokens));
+  }
+  need_size("value", value, 1, key.size(1));
+  const TqLayerDesc layer = make_layer(format_id, key.size(1), key.size(1), key.size(2), value.size(2), dtype);
+  const TqPages cache = make_pages(pages, layer, block_size);
+  TqStoreKvArgs args = {};
+  args.struct_size = sizeof(args);
+  args.layer = &layer;
+  args.pages = &cache;
+  args.num_tokens = tokens;
+  args.key = key.data_ptr();
+  args.key_token_stride = key.stride(0);
+  args.key_head_stride = key.stride(1);
+  args.value = value.data_ptr();
+  args.value_token_stride = value.stride(0);
+  args.value_head_stride = value.stride(1);
+  args.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
+  call(api().store_kv, cpu_backend(), &args);
+}
+
+void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tensor seq_lens, Tensor block_table,
+            int64_t format_id, int64_t block_size, int64_t num_kv_heads, double scale, bool causal, int64_t sliding_window,
+            double soft_cap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes, std::optional<Tensor> lse,
+            Tensor workspace) {
+  const int32_t dtype = dtype_of("query", query);
+  need_heads("query", query, dtype);
+  need_heads("out", out, dtype);
+  need_size("out", out, 0, query.size(0));
+  need_size("out", out, 1, query.size(1));
+  need("query_start_loc", query_start_loc, 1, ScalarType::Int, "int32");
+  need("seq_lens", seq_lens, 1, ScalarType::Int, "int32");
+  need("block_table", block_table, 2, ScalarType::Int, "int32");
+  need("workspace", workspace, 1, ScalarType::Byte, "uint8");
+  const int64_t num_seqs = seq_lens.size(0);
+  need_size("query_start_loc", query_start_loc, 0, num_seqs + 1);
+  if (block_table.size(0) < num_seqs) {
+    fail("block_table has " + std::to_string(block_table.size(0)) + " rows; there are " + std::to_string(num_seqs) +
+         " sequences");
+  }
+  TqLayerDesc layer = make_layer(format_id, query.size(1), num_kv_heads, query.size(2), out.size(2), dtype);
+  layer.sliding_window = static_cast<int32_t>(sliding_window);
+  layer.soft_cap = static_cast<float>(soft_cap);
+  const TqPages cache = make_pages(pages, layer, block_size);
+  TqAttendArgs args = {};
+  args.struct_size = sizeof(args);
+  args.num_seqs = static_cast<int32_t>(num_seqs);
+  args.layer = &layer;
+  args.pages = &cache;
+  args.num_tokens = query.size(0);
+  args.query = query.data_ptr();
+  args.query_token_stride = query.stride(0);
+  args.query_head_stride = query.stride(1);
+  args.out = out.data_ptr();
+  args.out_token_stride = out.stride(0);
+  args.out_head_stride = out.stride(1);
+  args.query_start_loc = static_cast<const int32_t*>(query_start_loc.data_ptr());
+  args.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
+  args.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  args.block_table_stride = block_table.stride(0);
+  args.max_blocks_per_seq = static_cast<int32_t>(block_table.size(1));
+  args.scale = static_cast<float>(scale);
+  args.causal = causal ? 1 : 0;
+  args.sinks = head_floats("sinks", sinks, query.size(1));
+  args.alibi_slopes = head_floats("alibi_slopes", alibi_slopes, query.size(1));
+  if (lse.has_value()) {
+    need("lse", *lse, 2, ScalarType::Float, "float32");
+    need_size("lse", *lse, 0, query.size(0));
+    need_size("lse", *lse, 1, query.size(1));
+    if (!lse->is_contiguous()) fail("lse is not contiguous");
+    args.lse = static_cast<float*>(lse->data_ptr());
+  }
+  args.workspace = workspace.data_ptr();
+  args.workspace_bytes = static_cast<uint64_t>(workspace.size(0));
+  call(api().attend, cpu_backend(), &args);
+}
+
+void dequant_kv(Tensor pages, Tensor block_table, int64_t first_token, int64_t format_id, int64_t block_size, Tensor key_out,
+                Tensor value_out, bool keep_rotated) {
+  const int32_t dtype = dtype_of("key_out", key_out);
+  need_heads("key_out", key_out, dtype);
+  need_heads("value_out", value_out, dtype);
+  need_size("value_out", value_out, 0, key_out.size(0));
+  need_size("value_out", value_out, 1, key_out.size(1));
+  if (!key_out.is_contiguous() || !value_out.is_contiguous()) fail("key_out or value_out is not contiguous");
+  need("block_table", block_table, 1, ScalarType::Int, "int32");
+  const TqLayerDesc layer =
+      make_layer(format_id, key_out.size(1), key_out.size(1), key_out.size(2), value_out.size(2), dtype);
+  const TqPages cache = make_pages(pages, layer, block_size);
+  TqDequantKvArgs args = {};
+  args.struct_size = sizeof(args);
+  args.keep_rotated = keep_rotated ? 1 : 0;
+  args.layer = &layer;
+  args.pages = &cache;
+  args.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  args.max_blocks = static_cast<int32_t>(block_table.size(0));
+  args.first_token = first_token;
+  args.num_tokens = key_out.size(0);
+  args.key_out = key_out.data_ptr();
+  args.value_out = value_out.data_ptr();
+  call(api().dequant_kv, cpu_backend(), &args);
+}
+
+// Bytes of workspace for any attend call with at most so many tokens and sequences. dtype does not matter.
+int64_t workspace_size(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t head_dim_v, int64_t format_id,
+                       int64_t num_tokens, int64_t num_seqs) {
+  const TqLayerDesc layer = make_layer(format_id, num_heads, num_kv_heads, head_dim, head_dim_v, TQ_DTYPE_F32);
+  uint64_t bytes = 0;
+  call(api().workspace_size, cpu_backend(), &layer, num_tokens, num_seqs, &bytes);
+  return static_cast<int64_t>(bytes);
+}
+
+// [store_calls, stored_tokens, attend_calls, query_tokens, compressed_kv_reads] of this process's CPU backend.
+std::vector<int64_t> counters() {
+  TqCounters c = {};
+  c.struct_size = sizeof(c);
+  call(api().query_counters, cpu_backend(), &c);
+  return {static_cast<int64_t>(c.store_calls), static_cast<int64_t>(c.stored_tokens), static_cast<int64_t>(c.attend_calls),
+          static_cast<int64_t>(c.query_tokens), static_cast<int64_t>(c.compressed_kv_reads)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(tq_backend, m) {
+  m.def(
+      "store_kv(Tensor key, Tensor value, Tensor(a!) pages, Tensor slot_mapping, int format_id, int block_size) -> ()");
+  m.def(
+      "attend(Tensor query, Tensor(a!) out, Tensor pages, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
+      "int format_id, int block_size, int num_kv_heads, float scale, bool causal, int sliding_window, float soft_cap, "
+      "Tensor? sinks, Tensor? alibi_slopes, Tensor(b!)? lse, Tensor(c!) workspace) -> ()");
+  m.def(
+      "dequant_kv(Tensor pages, Tensor block_table, int first_token, int format_id, int block_size, Tensor(a!) key_out, "
+      "Tensor(b!) value_out, bool keep_rotated) -> ()");
+  m.def(
+      "workspace_size(int num_heads, int num_kv_heads, int head_dim, int head_dim_v, int format_id, int num_tokens, "
+      "int num_seqs) -> int");
+  m.def("counters() -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tq_backend, CPU, m) {
+  m.impl("store_kv", TORCH_BOX(&store_kv));
+  m.impl("attend", TORCH_BOX(&attend));
+  m.impl("dequant_kv", TORCH_BOX(&dequant_kv));
+}
+
+// No tensor to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(tq_backend, CompositeExplicitAutograd, m) {
+  m.impl("workspace_size", TORCH_BOX(&workspace_size));
+  m.impl("counters", TORCH_BOX(&counters));
+}
