@@ -1,0 +1,76 @@
+"""The class behind AttentionBackendEnum.TURBOQUANT: what is served, and how many bytes a page has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from tq_backend.vllm_adapter import formats
+
+MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_MULTIPLE = 16, 512, 16
+BLOCK_SIZE_MULTIPLE = 16
+
+
+class TurboQuantBackend(AttentionBackend):
+    accept_output_buffer: bool = True
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = formats.CACHE_DTYPES
+
+    @staticmethod
+    def get_name() -> str:
+        return "TURBOQUANT"  # vLLM looks the enum member up by this name
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        from tq_backend.vllm_adapter.impl import TurboQuantImpl
+
+        return TurboQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder
+
+        return TurboQuantMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Sets the page size. Called any number of times on the same spec: must not change it twice."""
+        if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_turboquant:
+            return spec
+        dtype = spec.kv_quant_mode.name.lower()  # member names mirror the dtype names
+        return replace(spec, state_content_bytes=formats.slot_bytes(dtype, spec.head_size, spec.head_size_v))
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # A page is one run of bytes in either, and its inside is ours. One layout has to serve all layers: the stock CPU
+        # backend reads LBHNC only, vLLM's GPU backends prefer LBNHC.
+        return (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[MultipleOf]:
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE and head_size % HEAD_SIZE_MULTIPLE == 0
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True

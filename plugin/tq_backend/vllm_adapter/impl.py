@@ -1,0 +1,112 @@
+"""One attention layer: store K and V into pages, attend over pages."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from tq_backend._library import torch_ops
+from tq_backend.vllm_adapter import formats
+from tq_backend.vllm_adapter.metadata import TurboQuantMetadata
+
+logger = logging.getLogger("vllm.tq_backend")
+
+
+def pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """The cache [blocks, ...] with its other dimensions in memory order, so that each block is one run of bytes whatever
+    the engine calls its layout."""
+    inner = sorted(range(1, kv_cache.dim()), key=kv_cache.stride, reverse=True)
+    return kv_cache.permute(0, *inner)
+
+
+class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        if attn_type != AttentionType.DECODER:
+            raise NotImplementedError(f"TURBOQUANT serves decoder attention; attn_type is {attn_type}")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.head_size_v = extra.pop("head_size_v", None) or head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.format_id = formats.format_id(kv_cache_dtype)
+        self.sliding_window = sliding_window or 0
+        self.logits_soft_cap = logits_soft_cap or 0.0
+        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
+        self.sinks = extra.pop("sinks", None)
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        if extra:
+            logger.warning("TURBOQUANT ignores the attention arguments %s, which it does not know", sorted(extra))
+        self.ops = torch_ops()
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """key, value: [tokens, num_kv_heads, head_size]; kv_cache: uint8 [blocks, ...]; slot_mapping: [tokens]."""
+        if kv_cache.numel() == 0:  # profiling, before there is a cache
+            return
+        view = pages(kv_cache)
+        block_size = kv_cache.shape[2]
+        self.ops.store_kv(key, value, view, slot_mapping, self.format_id, block_size)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: TurboQuantMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query: [tokens, num_heads, head_size]; output: [tokens, num_heads, head_size_v], written in place. key and value
+        are not read: what is attended comes from pages, the current tokens too."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("TURBOQUANT does not write quantized outputs; output_scale must be None")
+        if attn_metadata is None:  # profiling
+            return output.zero_()
+        m = attn_metadata
+        n = m.num_actual_tokens
+        self.ops.attend(
+            query[:n],
+            output[:n],
+            pages(kv_cache),
+            m.query_start_loc,
+            m.seq_lens,
+            m.block_table,
+            self.format_id,
+            m.block_size,
+            self.num_kv_heads,
+            self.scale,
+            m.causal,
+            self.sliding_window,
+            self.logits_soft_cap,
+            None if self.sinks is None else self.sinks.float(),
+            self.alibi_slopes,
+            None,
+            m.workspace,
+        )
+        return output

@@ -1,0 +1,82 @@
+"""What one step's batch looks like to the kernels, and the workspace that all layers share."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+
+from tq_backend._library import native, torch_ops
+from tq_backend.vllm_adapter import formats
+
+logger = logging.getLogger("vllm.tq_backend")
+
+
+@dataclass
+class TurboQuantMetadata(AttentionMetadata):
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor  # int32 [num_reqs + 1]
+    seq_lens: torch.Tensor  # int32 [num_reqs]
+    block_table: torch.Tensor  # int32 [num_reqs, max_blocks]
+    slot_mapping: torch.Tensor  # int64 [num_tokens]
+    block_size: int
+    causal: bool
+    workspace: torch.Tensor  # uint8
+
+
+class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
+    # One buffer for all layers and groups of this process: layers run one after another. It grows while builders are made,
+    # never during a step.
+    _workspace: torch.Tensor = torch.empty(0, dtype=torch.uint8)
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        scheduler = vllm_config.scheduler_config
+        for impl in {id(layer.impl): layer.impl for layer in layers.values()}.values():
+            needed = torch_ops().workspace_size(
+                impl.num_heads,
+                impl.num_kv_heads,
+                impl.head_size,
+                impl.head_size_v,
+                formats.format_id(impl.kv_cache_dtype),
+                scheduler.max_num_batched_tokens,
+                scheduler.max_num_seqs,
+            )
+            if needed > TurboQuantMetadataBuilder._workspace.numel():
+                TurboQuantMetadataBuilder._workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        names = sorted({formats.page_format(layer.impl.kv_cache_dtype) for layer in layers.values()})
+        logger.info(
+            "tq-backend %s serves %s in %d layers (%s): %d bytes per token and KV head, pages of %d tokens",
+            native().build_id(),
+            ", ".join(names),
+            len(layers),
+            ", ".join(layer_names),
+            kv_cache_spec.state_content_size_bytes,
+            kv_cache_spec.block_size,
+        )
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TurboQuantMetadata:
+        common = common_attn_metadata
+        causal = getattr(common, "causal", True)
+        if isinstance(causal, torch.Tensor):
+            raise NotImplementedError(
+                "TURBOQUANT takes one causal flag for the whole batch; this batch mixes causal and bidirectional requests"
+            )
+        return TurboQuantMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            block_size=self.kv_cache_spec.block_size,
+            causal=bool(causal),
+            workspace=TurboQuantMetadataBuilder._workspace,
+        )

@@ -1,0 +1,34 @@
+"""`--additional-config '{"turboquant": {...}}'`: what has no flag of its own."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+KEYS = ("skip_layers",)
+
+
+@dataclass(frozen=True)
+class Options:
+    # Layers that keep the native cache; None leaves vLLM's choice (the first and last two of a dense model).
+    skip_layers: tuple[str, ...] | None = None
+
+
+def read_options(additional_config: Any) -> Options:
+    """Raises ValueError with the nearest name for an unknown key, or a sentence for a wrong value."""
+    given = additional_config.get("turboquant", {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(given, dict):
+        raise ValueError(f"additional_config['turboquant'] is {given!r}; it must be a dictionary with the keys {KEYS}")
+    for key in given:
+        if key not in KEYS:
+            near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.0)
+            raise ValueError(f"additional_config['turboquant'] has the unknown key {key!r}; did you mean {near[0]!r}?")
+    skip = given.get("skip_layers")
+    if skip is None:
+        return Options()
+    if not isinstance(skip, list) or not all(isinstance(x, int | str) for x in skip):
+        raise ValueError(
+            f"additional_config['turboquant']['skip_layers'] is {skip!r}; it must be a list of layer numbers or layer kinds"
+        )
+    return Options(skip_layers=tuple(str(x) for x in skip))
