@@ -1,0 +1,1 @@
+"""The commands `tq` (eval, bench, plan) and `tq-check`."""

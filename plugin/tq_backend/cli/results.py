@@ -1,0 +1,44 @@
+"""tests/bench/results/<what>.json: a list of figures, written by the command that measured them and by nothing else."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass
+class Figure:
+    figure: str
+    value: float
+    unit: str
+    bar: str = ""  # what it had to reach, in words; empty if nothing
+    baseline: str = ""  # what it was measured against, with its value
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    import os
+
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def command_line() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def write_results(path: Path, figures: list[Figure]) -> None:
+    common = {"machine": machine(), "date": datetime.date.today().isoformat(), "command": command_line()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(figure) | common for figure in figures], indent=1) + "\n")
