@@ -52,7 +52,8 @@ int32_t api_list_formats(TqFormatInfo* out, int64_t* count, TqError* error) {
     const auto formats = all_formats();
     const auto number = static_cast<int64_t>(formats.size());
     if (out != nullptr && *count < number) {
-      return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(number) + " formats");
+      return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(number) +
+                     " formats");
     }
     for (int64_t i = 0; out != nullptr && i < number; ++i) {
       if (Status s = write_struct("out[i]", format_info(formats[i]), sizeof(TqFormatInfo), &out[i]); !s.ok()) return s;
@@ -71,8 +72,8 @@ int32_t api_format_by_name(const char* name, TqFormatInfo* out, TqError* error) 
       for (const Format& f : all_formats()) {
         if (!f.test_only) known += (known.empty() ? "" : ", ") + std::string(f.name);
       }
-      return {TQ_NOT_FOUND, std::string("there is no KV format '") + name + "'; did you mean '" + nearest_format(name).name +
-                                "'? Formats are " + known};
+      return {TQ_NOT_FOUND, std::string("there is no KV format '") + name + "'; did you mean '" +
+                                nearest_format(name).name + "'? Formats are " + known};
     }
     return write_struct("out", format_info(*format), sizeof(TqFormatInfo), out);
   });
@@ -83,7 +84,8 @@ int32_t api_codebook(uint32_t format_id, TqCodebook* out, TqError* error) {
     const Format* format;
     if (Status s = check_format(format_id, &format); !s.ok()) return s;
     if (!format->rotates_keys()) {
-      return {TQ_NOT_FOUND, std::string("format ") + format->name + " has no codebook: its keys are not Lloyd-Max codes"};
+      return {TQ_NOT_FOUND,
+              std::string("format ") + format->name + " has no codebook: its keys are not Lloyd-Max codes"};
     }
     const Codebook& book = format_codebook(format->key_bits);
     TqCodebook c = {};
@@ -96,8 +98,8 @@ int32_t api_codebook(uint32_t format_id, TqCodebook* out, TqError* error) {
   });
 }
 
-int32_t api_fake_quantize(uint32_t format_id, int32_t is_key, int32_t head_dim, int64_t num_rows, const float* in, float* out,
-                          TqError* error) {
+int32_t api_fake_quantize(uint32_t format_id, int32_t is_key, int32_t head_dim, int64_t num_rows, const float* in,
+                          float* out, TqError* error) {
   return guarded(error, [&]() -> Status {
     const Format* format;
     if (Status s = check_format(format_id, &format); !s.ok()) return s;
@@ -105,7 +107,8 @@ int32_t api_fake_quantize(uint32_t format_id, int32_t is_key, int32_t head_dim, 
       return invalid("head_dim is " + std::to_string(head_dim) + "; it must be a multiple of 16 from 16 to 512");
     }
     if (num_rows < 0) return invalid("num_rows is " + std::to_string(num_rows) + "; it must not be negative");
-    if (num_rows > 0 && (in == nullptr || out == nullptr)) return invalid("in or out is NULL; both must hold num_rows rows");
+    if (num_rows > 0 && (in == nullptr || out == nullptr))
+      return invalid("in or out is NULL; both must hold num_rows rows");
     (is_key != 0 ? fake_quantize_key : fake_quantize_value)(*format, head_dim, num_rows, in, out);
     return {};
   });
@@ -126,7 +129,8 @@ int32_t api_kv_cache_spec(const TqLayerDesc* layer, TqKvCacheSpec* out, TqError*
   });
 }
 
-int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* count, TqPlanSummary* summary, TqError* error) {
+int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* count, TqPlanSummary* summary,
+                       TqError* error) {
   return guarded(error, [&]() -> Status {
     TqPlanRequest request;
     if (Status s = read_struct("request", given, sizeof(TqPlanRequest), &request); !s.ok()) return s;
@@ -136,8 +140,8 @@ int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* cou
     }
     if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
     if (out != nullptr && *count < request.num_layers) {
-      return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(request.num_layers) +
-                     " layers");
+      return invalid("*count is " + std::to_string(*count) + "; out must have room for " +
+                     std::to_string(request.num_layers) + " layers");
     }
     std::vector<LayerSpec> layers;
     // The array's stride is the caller's own struct size, so that an older caller's array is walked rightly.
@@ -273,12 +277,12 @@ int32_t api_copy_pages(TqBackend* backend, const TqCopyPagesArgs* args, TqError*
 }
 
 constexpr TqApi kApi = {
-    sizeof(TqApi),        TQ_ABI_MAJOR,        TQ_ABI_MINOR,        0,
-    &api_build_id,        &api_list_formats,   &api_format_by_name, &api_codebook,
-    &api_fake_quantize,   &api_kv_cache_spec,  &api_plan_pages,     &api_list_libraries,
-    &api_create_backend,  &api_destroy_backend, &api_query_caps,    &api_query_counters,
-    &api_check_layer,     &api_unmet_reason,   &api_workspace_size, &api_store_kv,
-    &api_attend,          &api_dequant_kv,     &api_copy_pages,
+    sizeof(TqApi),       TQ_ABI_MAJOR,         TQ_ABI_MINOR,        0,
+    &api_build_id,       &api_list_formats,    &api_format_by_name, &api_codebook,
+    &api_fake_quantize,  &api_kv_cache_spec,   &api_plan_pages,     &api_list_libraries,
+    &api_create_backend, &api_destroy_backend, &api_query_caps,     &api_query_counters,
+    &api_check_layer,    &api_unmet_reason,    &api_workspace_size, &api_store_kv,
+    &api_attend,         &api_dequant_kv,      &api_copy_pages,
 };
 
 // Append-only: a slot that moves breaks every caller that was built before. Each pins one.

@@ -23,8 +23,11 @@ struct Requirement {
 };
 constexpr Requirement kRequirements[] = {
     {[](const TqLayerDesc& d) { return d.attention_kind == TQ_ATTENTION_MLA; },
-     "MLA is not served: its cache is one latent vector that is key and value at once; use an fp8 cache for this model."},
-    {[](const TqLayerDesc& d) { return d.attention_kind == TQ_ATTENTION_ENCODER || d.attention_kind == TQ_ATTENTION_CROSS; },
+     "MLA is not served: its cache is one latent vector that is key and value at once; use an fp8 cache for this "
+     "model."},
+    {[](const TqLayerDesc& d) {
+       return d.attention_kind == TQ_ATTENTION_ENCODER || d.attention_kind == TQ_ATTENTION_CROSS;
+     },
      "Encoder and cross attention are not served: leave these layers to the engine's own backend."},
     {[](const TqLayerDesc& d) {
        auto bad = [](int dim) { return dim < kHeadDimMultiple || dim > kMaxHeadDim || dim % kHeadDimMultiple != 0; };
@@ -53,7 +56,8 @@ Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   TqBackendOptions options;
   if (Status s = read_struct("options", given, sizeof(TqBackendOptions), &options); !s.ok()) return s;
   if (std::find(std::begin(kDeviceKinds), std::end(kDeviceKinds), options.device_kind) == std::end(kDeviceKinds)) {
-    return invalid("options.device_kind is " + std::to_string(options.device_kind) + "; it must be CPU (1), CUDA (2) or HIP (3)");
+    return invalid("options.device_kind is " + std::to_string(options.device_kind) +
+                   "; it must be CPU (1), CUDA (2) or HIP (3)");
   }
   if (options.device_index < 0) {
     return invalid("options.device_index is " + std::to_string(options.device_index) + "; it must not be negative");
@@ -61,10 +65,13 @@ Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   ParallelFor parallel_for = {};
   if (options.parallel_for != nullptr) {
     TqParallelFor p;
-    if (Status s = read_struct("options.parallel_for", options.parallel_for, sizeof(TqParallelFor), &p); !s.ok()) return s;
-    if (p.run == nullptr) return invalid("options.parallel_for.run is NULL; pass no parallel_for to use the library's threads");
+    if (Status s = read_struct("options.parallel_for", options.parallel_for, sizeof(TqParallelFor), &p); !s.ok())
+      return s;
+    if (p.run == nullptr)
+      return invalid("options.parallel_for.run is NULL; pass no parallel_for to use the library's threads");
     if (p.num_threads < 1 || p.num_threads > 4096) {
-      return invalid("options.parallel_for.num_threads is " + std::to_string(p.num_threads) + "; it must be from 1 to 4096");
+      return invalid("options.parallel_for.num_threads is " + std::to_string(p.num_threads) +
+                     "; it must be from 1 to 4096");
     }
     parallel_for = {p.num_threads, p.context, p.run};
   }
@@ -97,7 +104,8 @@ Status list_libraries(const char* kernels_dir, TqLibraryInfo* out, int64_t* coun
     return {};
   }
   if (*count < kNumber) {
-    return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(kNumber) + " rows");
+    return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(kNumber) +
+                   " rows");
   }
   for (int64_t i = 0; i < kNumber; ++i) {
     TqLibraryInfo row = {};

@@ -36,8 +36,8 @@ std::string kernel_library_path(const std::string& dir, int device_kind) {
 
 Status load_kernel_library(const std::string& path, int device_kind, const KernelApi** api) {
   if (access(path.c_str(), F_OK) != 0) {
-    return {TQ_UNAVAILABLE, "there is no " + path + "; this package was built without the " + device_kind_name(device_kind) +
-                                " kernels"};
+    return {TQ_UNAVAILABLE, "there is no " + path + "; this package was built without the " +
+                                device_kind_name(device_kind) + " kernels"};
   }
   // RTLD_LOCAL: two kernel libraries export the same symbol. Never closed: backends hold pointers into it.
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -45,11 +45,12 @@ Status load_kernel_library(const std::string& path, int device_kind, const Kerne
   const auto get_api = reinterpret_cast<TqKernelsGetApi>(dlsym(handle, "tq_kernels_get_api"));
   const KernelApi* found = get_api != nullptr ? get_api() : nullptr;
   if (found == nullptr || found->struct_size < 2 * sizeof(void*) || found->build_id == nullptr) {
-    return {TQ_FAILED_PRECONDITION, path + " is not a kernel library of tq-backend: it does not export tq_kernels_get_api"};
+    return {TQ_FAILED_PRECONDITION,
+            path + " is not a kernel library of tq-backend: it does not export tq_kernels_get_api"};
   }
   if (std::string(found->build_id) != kBuildId) {
-    return {TQ_FAILED_PRECONDITION, path + " has build id " + found->build_id + "; this libtq_backend.so needs " + kBuildId +
-                                        ": install both from one wheel"};
+    return {TQ_FAILED_PRECONDITION, path + " has build id " + found->build_id + "; this libtq_backend.so needs " +
+                                        kBuildId + ": install both from one wheel"};
   }
   if (found->device_kind != device_kind) {
     return {TQ_FAILED_PRECONDITION, path + " holds kernels for " + device_kind_name(found->device_kind) + ", not for " +

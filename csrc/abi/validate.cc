@@ -12,8 +12,8 @@ std::string text(T x) {
   return std::to_string(x);
 }
 
-#define TQ_RETURN_IF_ERROR(expr)                       \
-  do {                                                 \
+#define TQ_RETURN_IF_ERROR(expr)                             \
+  do {                                                       \
     if (Status status = (expr); !status.ok()) return status; \
   } while (0)
 
@@ -32,13 +32,13 @@ Status check_not_null(const char* name, const void* p) {
 // Strides of a [tokens, heads, dim] tensor: a head must not overlap the next one.
 Status check_strides(const char* name, int64_t token_stride, int64_t head_stride, int heads, int dim) {
   if (heads > 1 && head_stride < dim) {
-    return invalid(std::string(name) + "_head_stride is " + text(head_stride) + " elements; it must be at least head_dim, " +
-                   text(dim));
+    return invalid(std::string(name) + "_head_stride is " + text(head_stride) +
+                   " elements; it must be at least head_dim, " + text(dim));
   }
   // Two layouts are dense: token-major, and head-major for a transposed tensor.
   if (token_stride < dim) {
-    return invalid(std::string(name) + "_token_stride is " + text(token_stride) + " elements; it must be at least head_dim, " +
-                   text(dim));
+    return invalid(std::string(name) + "_token_stride is " + text(token_stride) +
+                   " elements; it must be at least head_dim, " + text(dim));
   }
   return {};
 }
@@ -48,8 +48,8 @@ Status check_block_row(const char* name, const int32_t* row, int64_t tokens, int
                        int64_t first_token = 0) {
   for (int64_t i = first_token / block_size; i * block_size < tokens; ++i) {
     if (row[i] < 0 || row[i] >= num_blocks) {
-      return invalid(std::string(name) + " holds block " + text(row[i]) + " at entry " + text(i) + "; blocks go from 0 to " +
-                     text(num_blocks - 1));
+      return invalid(std::string(name) + " holds block " + text(row[i]) + " at entry " + text(i) +
+                     "; blocks go from 0 to " + text(num_blocks - 1));
     }
   }
   return {};
@@ -71,12 +71,14 @@ Status check_layer_desc(const TqLayerDesc* layer, CheckedLayer* out) {
   TQ_RETURN_IF_ERROR(check_format(d.format_id, &out->format));
   if (d.attention_kind == TQ_ATTENTION_MLA) {
     return {TQ_UNIMPLEMENTED,
-            "layer.attention_kind is MLA: its cache is one latent vector that is key and value at once, which these formats "
+            "layer.attention_kind is MLA: its cache is one latent vector that is key and value at once, which these "
+            "formats "
             "do not describe; use an fp8 cache for this model"};
   }
   if (d.attention_kind == TQ_ATTENTION_ENCODER || d.attention_kind == TQ_ATTENTION_CROSS) {
     return {TQ_UNIMPLEMENTED,
-            "layer.attention_kind is encoder or cross attention, whose keys and values are not a growing paged cache; leave "
+            "layer.attention_kind is encoder or cross attention, whose keys and values are not a growing paged cache; "
+            "leave "
             "these layers to the engine's own backend"};
   }
   if (d.attention_kind != TQ_ATTENTION_DECODER) {
@@ -113,7 +115,8 @@ Status check_pages(const TqPages* given, const CheckedLayer& layer, PagedCache* 
                    "); these pages must have the layer's format, " + layer.format->name);
   }
   if (pages.block_size < kAtomTokens || pages.block_size > 65536 || pages.block_size % kAtomTokens != 0) {
-    return invalid("pages.block_size is " + text(pages.block_size) + " tokens; it must be a multiple of 16 from 16 to 65536");
+    return invalid("pages.block_size is " + text(pages.block_size) +
+                   " tokens; it must be a multiple of 16 from 16 to 65536");
   }
   const TqLayerDesc& d = layer.desc;
   const PageLayout layout = make_page_layout(*layer.format, d.head_dim, d.head_dim_v, d.num_kv_heads, pages.block_size);
@@ -123,7 +126,8 @@ Status check_pages(const TqPages* given, const CheckedLayer& layer, PagedCache* 
                    "; it must be a multiple of 16 of at least the page's " + text(layout.page_bytes()) + " bytes");
   }
   if (pages.num_blocks > std::numeric_limits<int64_t>::max() / pages.block_stride_bytes) {
-    return invalid("pages.num_blocks is " + text(pages.num_blocks) + "; times block_stride_bytes it must fit in 63 bits");
+    return invalid("pages.num_blocks is " + text(pages.num_blocks) +
+                   "; times block_stride_bytes it must fit in 63 bits");
   }
   TQ_RETURN_IF_ERROR(check_not_null("pages.data", pages.data));
   if (reinterpret_cast<uintptr_t>(pages.data) % kPageAlignment != 0) {
@@ -151,7 +155,8 @@ Status check_store(const TqStoreKvArgs* given, bool host_tables, StoreParams* ou
     TQ_RETURN_IF_ERROR(check_not_null("value", args.value));
     TQ_RETURN_IF_ERROR(check_not_null("slot_mapping", args.slot_mapping));
     TQ_RETURN_IF_ERROR(check_strides("key", args.key_token_stride, args.key_head_stride, d.num_kv_heads, d.head_dim));
-    TQ_RETURN_IF_ERROR(check_strides("value", args.value_token_stride, args.value_head_stride, d.num_kv_heads, d.head_dim_v));
+    TQ_RETURN_IF_ERROR(
+        check_strides("value", args.value_token_stride, args.value_head_stride, d.num_kv_heads, d.head_dim_v));
   }
   const int64_t num_slots = out->cache.num_blocks * out->cache.layout.block_size;
   for (int64_t i = 0; host_tables && i < args.num_tokens; ++i) {
@@ -188,12 +193,12 @@ Status check_sequences(const TqAttendArgs& args, const PagedCache& cache) {
                      text(args.query_start_loc[s]) + " before it; it must ascend");
     }
     if (args.seq_lens[s] < query_len) {
-      return invalid("seq_lens[" + text(s) + "] is " + text(args.seq_lens[s]) + "; it must be at least the sequence's " +
-                     text(query_len) + " query tokens");
+      return invalid("seq_lens[" + text(s) + "] is " + text(args.seq_lens[s]) +
+                     "; it must be at least the sequence's " + text(query_len) + " query tokens");
     }
     if (args.seq_lens[s] > capacity) {
-      return invalid("seq_lens[" + text(s) + "] is " + text(args.seq_lens[s]) + "; its block table holds " + text(capacity) +
-                     " tokens");
+      return invalid("seq_lens[" + text(s) + "] is " + text(args.seq_lens[s]) + "; its block table holds " +
+                     text(capacity) + " tokens");
     }
     if (query_len == 0) continue;  // nothing of it is read
     TQ_RETURN_IF_ERROR(check_block_row("block_table", args.block_table + s * args.block_table_stride, args.seq_lens[s],
@@ -226,15 +231,16 @@ Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* o
       return invalid("max_blocks_per_seq is " + text(args.max_blocks_per_seq) + "; it must not be negative");
     }
     if (args.block_table_stride < args.max_blocks_per_seq) {
-      return invalid("block_table_stride is " + text(args.block_table_stride) + "; it must be at least max_blocks_per_seq, " +
-                     text(args.max_blocks_per_seq));
+      return invalid("block_table_stride is " + text(args.block_table_stride) +
+                     "; it must be at least max_blocks_per_seq, " + text(args.max_blocks_per_seq));
     }
     if (host_tables) TQ_RETURN_IF_ERROR(check_sequences(args, out->cache));
   }
   if (args.num_tokens > 0) {
     TQ_RETURN_IF_ERROR(check_not_null("query", args.query));
     TQ_RETURN_IF_ERROR(check_not_null("out", args.out));
-    TQ_RETURN_IF_ERROR(check_strides("query", args.query_token_stride, args.query_head_stride, d.num_heads, d.head_dim));
+    TQ_RETURN_IF_ERROR(
+        check_strides("query", args.query_token_stride, args.query_head_stride, d.num_heads, d.head_dim));
     TQ_RETURN_IF_ERROR(check_strides("out", args.out_token_stride, args.out_head_stride, d.num_heads, d.head_dim_v));
   }
   if (args.workspace_bytes > 0) TQ_RETURN_IF_ERROR(check_not_null("workspace", args.workspace));
@@ -288,8 +294,8 @@ Status check_dequant(const TqDequantKvArgs* given, bool host_tables, DequantPara
   if (args.num_tokens > 0) {
     TQ_RETURN_IF_ERROR(check_not_null("block_table", args.block_table));
     if (host_tables) {
-      TQ_RETURN_IF_ERROR(check_block_row("block_table", args.block_table, args.first_token + args.num_tokens, block_size,
-                                         out->cache.num_blocks, args.first_token));
+      TQ_RETURN_IF_ERROR(check_block_row("block_table", args.block_table, args.first_token + args.num_tokens,
+                                         block_size, out->cache.num_blocks, args.first_token));
     }
   }
   out->dtype = static_cast<Dtype>(layer.desc.dtype);

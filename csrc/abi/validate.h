@@ -1,5 +1,5 @@
-// validate.h - everything a caller can get wrong, checked before any memory but the argument structs is touched. Each failure
-// is one sentence: the argument, what came, what is allowed.
+// validate.h - everything a caller can get wrong, checked before any memory but the argument structs is touched. Each
+// failure is one sentence: the argument, what came, what is allowed.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,8 @@ Status read_struct(const char* name, const T* given, size_t required, T* out) {
   static_assert(std::is_trivially_copyable_v<T>);
   if (given == nullptr) return invalid(std::string(name) + " is NULL; it must point to a struct");
   if (given->struct_size < required) {
-    return invalid(std::string(name) + ".struct_size is " + std::to_string(given->struct_size) + "; it must be at least " +
-                   std::to_string(required) + " (set it to sizeof before the call)");
+    return invalid(std::string(name) + ".struct_size is " + std::to_string(given->struct_size) +
+                   "; it must be at least " + std::to_string(required) + " (set it to sizeof before the call)");
   }
   std::memset(static_cast<void*>(out), 0, sizeof(T));
   std::memcpy(static_cast<void*>(out), given, given->struct_size < sizeof(T) ? given->struct_size : sizeof(T));
@@ -34,8 +34,8 @@ template <class T>
 Status write_struct(const char* name, const T& value, size_t required, T* out) {
   if (out == nullptr) return invalid(std::string(name) + " is NULL; it must point to a struct to fill");
   if (out->struct_size < required) {
-    return invalid(std::string(name) + ".struct_size is " + std::to_string(out->struct_size) + "; it must be at least " +
-                   std::to_string(required) + " (set it to sizeof before the call)");
+    return invalid(std::string(name) + ".struct_size is " + std::to_string(out->struct_size) +
+                   "; it must be at least " + std::to_string(required) + " (set it to sizeof before the call)");
   }
   const uint32_t size = out->struct_size;
   std::memcpy(static_cast<void*>(out), &value, size < sizeof(T) ? size : sizeof(T));
@@ -49,8 +49,8 @@ struct CheckedLayer {
   const Format* format;
 };
 
-// device_kind is where the call's tables live: on a CPU block tables and slots are checked too, on a GPU reading them would
-// need a sync.
+// device_kind is where the call's tables live: on a CPU block tables and slots are checked too, on a GPU reading them
+// would need a sync.
 Status check_format(uint32_t format_id, const Format** out);
 Status check_layer_desc(const TqLayerDesc* layer, CheckedLayer* out);
 Status check_pages(const TqPages* pages, const CheckedLayer& layer, PagedCache* out);

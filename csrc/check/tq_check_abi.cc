@@ -62,13 +62,15 @@ int check(bool json, const std::string& path) {
   const auto version = reinterpret_cast<uint32_t (*)()>(dlsym(handle, "tq_abi_version"));
   const auto get_api = reinterpret_cast<const TqApi* (*)(uint32_t, TqError*)>(dlsym(handle, "tq_get_api"));
   if (version == nullptr || get_api == nullptr) {
-    return fail(json, path, fmt::format("{} is not libtq_backend.so: it exports no tq_abi_version and tq_get_api.", path));
+    return fail(json, path,
+                fmt::format("{} is not libtq_backend.so: it exports no tq_abi_version and tq_get_api.", path));
   }
   TqError error = {sizeof(TqError), 0, ""};
   const TqApi* api = get_api(TQ_ABI_MAJOR, &error);
   if (api == nullptr) {
-    return fail(json, path, fmt::format("{} has ABI version {}.{}, and this program needs {}.x: {}.", path, version() >> 16,
-                                        version() & 0xffff, TQ_ABI_MAJOR, error.message));
+    return fail(json, path,
+                fmt::format("{} has ABI version {}.{}, and this program needs {}.x: {}.", path, version() >> 16,
+                            version() & 0xffff, TQ_ABI_MAJOR, error.message));
   }
 
   TqLibraryInfo blank = {};
@@ -89,14 +91,15 @@ int check(bool json, const std::string& path) {
   for (const TqLibraryInfo& library : libraries) works = works || library.usable != 0;
 
   if (json) {
-    fmt::print("{{\"path\": {}, \"works\": {}, \"abi_version\": \"{}.{}\", \"build_id\": {}, \"formats\": [", quoted(path), works,
-               version() >> 16, version() & 0xffff, quoted(api->build_id()));
+    fmt::print("{{\"path\": {}, \"works\": {}, \"abi_version\": \"{}.{}\", \"build_id\": {}, \"formats\": [",
+               quoted(path), works, version() >> 16, version() & 0xffff, quoted(api->build_id()));
     for (size_t i = 0; i < formats.size(); ++i) fmt::print("{}{}", i == 0 ? "" : ", ", quoted(formats[i].name));
     fmt::print("], \"libraries\": [");
     for (size_t i = 0; i < libraries.size(); ++i) {
       const TqLibraryInfo& l = libraries[i];
-      fmt::print("{}{{\"kind\": {}, \"usable\": {}, \"path\": {}, \"build_id\": {}, \"reason\": {}}}", i == 0 ? "" : ", ",
-                 quoted(kind_name(l.device_kind)), l.usable != 0, quoted(l.path), quoted(l.build_id), quoted(l.reason));
+      fmt::print("{}{{\"kind\": {}, \"usable\": {}, \"path\": {}, \"build_id\": {}, \"reason\": {}}}",
+                 i == 0 ? "" : ", ", quoted(kind_name(l.device_kind)), l.usable != 0, quoted(l.path),
+                 quoted(l.build_id), quoted(l.reason));
     }
     fmt::print("]}}\n");
     return works ? kWorks : kIncompatible;
@@ -122,7 +125,8 @@ int main(int argc, char** argv) {
     if (std::strcmp(argv[i], "--json") == 0) {
       json = true;
     } else if (argv[i][0] == '-' || !path.empty()) {
-      fmt::print(stderr, "tq-check-abi: '{}' is not understood; usage: tq-check-abi [--json] [PATH of libtq_backend.so]\n",
+      fmt::print(stderr,
+                 "tq-check-abi: '{}' is not understood; usage: tq-check-abi [--json] [PATH of libtq_backend.so]\n",
                  argv[i]);
       return kUsage;
     } else {

@@ -5,8 +5,8 @@
 namespace tq {
 namespace {
 
-// Rounds |x| to a float format with the given mantissa bits and smallest normal exponent, ties to even, and returns the bits
-// exponent:mantissa. Overflow past the largest exponent carries into it, which is what infinity is in fp16.
+// Rounds |x| to a float format with the given mantissa bits and smallest normal exponent, ties to even, and returns the
+// bits exponent:mantissa. Overflow past the largest exponent carries into it, which is what infinity is in fp16.
 uint32_t round_to_format(float x, int mantissa_bits, int min_exponent) {
   if (x == 0) return 0;
   int exponent;

@@ -1,6 +1,7 @@
 // float_bits.h - fp16, bf16 and e4m3fn as bit patterns: round to nearest even, saturating where a format says so.
 //
-// Host code on purpose without _Float16 or hardware conversions: this is the reference that every kernel is tested against.
+// Host code on purpose without _Float16 or hardware conversions: this is the reference that every kernel is tested
+// against.
 #pragma once
 
 #include <bit>

@@ -36,8 +36,8 @@ struct Format {
 };
 
 std::span<const Format> all_formats();
-const Format* find_format(uint32_t id);            // nullptr if unknown
-const Format* find_format(std::string_view name);  // nullptr if unknown
+const Format* find_format(uint32_t id);               // nullptr if unknown
+const Format* find_format(std::string_view name);     // nullptr if unknown
 const Format& nearest_format(std::string_view name);  // by edit distance, for error messages
 
 constexpr int kMaxHeadDim = 512;

@@ -1,7 +1,8 @@
 // hadamard.h - the rotation: Sylvester Hadamard in natural order, no sign flips, symmetric and its own inverse.
 //
 // A dimension that is not a power of two is rotated in blocks: its binary digits from the largest, e.g. 80 = 64 + 16,
-// 112 = 64 + 32 + 16. (vLLM's in-tree rotation [[H, H], [H, -H]] / sqrt(D) serves powers of two only and is the same there.)
+// 112 = 64 + 32 + 16. (vLLM's in-tree rotation [[H, H], [H, -H]] / sqrt(D) serves powers of two only and is the same
+// there.)
 #pragma once
 
 #include <bit>

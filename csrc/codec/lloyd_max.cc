@@ -50,7 +50,8 @@ LloydMax solve_lloyd_max(int bits) {
   std::vector<double> c(n);
   for (int i = 0; i < n; ++i) c[i] = -3.5 + 7.0 * (i + 0.5) / n;
   double moved = 1;
-  // The map contracts (the normal density is log-concave): steps shrink geometrically, down to rounding noise near 1e-15.
+  // The map contracts (the normal density is log-concave): steps shrink geometrically, down to rounding noise near
+  // 1e-15.
   for (int step = 0; step < 1000000 && moved > 1e-13; ++step) {
     const std::vector<double> mid = midpoints_of(c);
     moved = 0;
@@ -105,8 +106,8 @@ LloydMax solve_lloyd_max_like_vllm(int head_dim, int bits) {
 
 namespace {
 
-// The rounding rule: for each scale on a grid of 1/100 such that the largest level is at most 63, round the centroids to the
-// nearest integers; keep the scale with the least mean squared error.
+// The rounding rule: for each scale on a grid of 1/100 such that the largest level is at most 63, round the centroids
+// to the nearest integers; keep the scale with the least mean squared error.
 Codebook round_to_grid(int bits) {
   const LloydMax exact = solve_lloyd_max(bits);
   const double largest = exact.centroids.back();
@@ -122,7 +123,8 @@ Codebook round_to_grid(int bits) {
     best.bits = bits;
     best.num_levels = 1 << bits;
     best.scale = static_cast<float>(scale);
-    for (int i = 0; i < best.num_levels; ++i) best.levels[i] = static_cast<int8_t>(std::lround(exact.centroids[i] * scale));
+    for (int i = 0; i < best.num_levels; ++i)
+      best.levels[i] = static_cast<int8_t>(std::lround(exact.centroids[i] * scale));
     for (int i = 0; i + 1 < best.num_levels; ++i) {
       best.midpoints[i] = static_cast<float>((best.levels[i] + best.levels[i + 1]) / (2 * scale));
     }

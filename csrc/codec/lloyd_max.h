@@ -15,22 +15,23 @@ struct LloydMax {
   double mse;                     // E[(x - Q(x))^2] of N(0, 1)
 };
 
-// The optimum, by exact integrals of the normal density (erf and exp), iterated to a fixed point: a centroid is the mean of
-// its cell to better than 1e-9. bits in [1, 8].
+// The optimum, by exact integrals of the normal density (erf and exp), iterated to a fixed point: a centroid is the
+// mean of its cell to better than 1e-9. bits in [1, 8].
 LloydMax solve_lloyd_max(int bits);
 
-// vLLM's own discretisation of the same problem (centroids.py, 0.32: trapezoids of 200 steps, edges at +-10.5 sigma, at most
-// 200 iterations, tolerance 1e-10), for N(0, 1/head_dim). Reproduces get_centroids(head_dim, bits) to 1e-6; used only to
-// compare with and to read vLLM's own pages.
+// vLLM's own discretisation of the same problem (centroids.py, 0.32: trapezoids of 200 steps, edges at +-10.5 sigma, at
+// most 200 iterations, tolerance 1e-10), for N(0, 1/head_dim). Reproduces get_centroids(head_dim, bits) to 1e-6; used
+// only to compare with and to read vLLM's own pages.
 LloydMax solve_lloyd_max_like_vllm(int head_dim, int bits);
 
 // Mean squared error over N(0, 1) of the symmetric or asymmetric quantizer with these ascending centroids and nearest
 // assignment.
 double gaussian_mse(const std::vector<double>& centroids);
 
-// A format's codebook: the Lloyd-Max optimum rounded to a 7-bit integer grid, levels[i] / scale, |level| <= 63. The scale is
-// the one that minimises gaussian_mse of the rounded table over a documented search; midpoints are those of the rounded
-// table. Byte permutes and integer matrix units can use it as is, and encode and decode share it: there is no second truth.
+// A format's codebook: the Lloyd-Max optimum rounded to a 7-bit integer grid, levels[i] / scale, |level| <= 63. The
+// scale is the one that minimises gaussian_mse of the rounded table over a documented search; midpoints are those of
+// the rounded table. Byte permutes and integer matrix units can use it as is, and encode and decode share it: there is
+// no second truth.
 struct Codebook {
   int bits;
   int num_levels;

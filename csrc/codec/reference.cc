@@ -61,7 +61,8 @@ void decode_key(const Format& format, int head_dim, const uint8_t* codes, uint16
 }
 
 template <class T>
-void encode_value(const Format& format, int head_dim, const float* value, uint8_t* codes, uint16_t* scale, uint16_t* zero) {
+void encode_value(const Format& format, int head_dim, const float* value, uint8_t* codes, uint16_t* scale,
+                  uint16_t* zero) {
   *scale = *zero = 0;
   if (format.value_codec == ValueCodec::kF32) return;
   std::vector<T> x(head_dim);

@@ -1,7 +1,7 @@
 // reference.h - encode and decode of one vector, the truth that every kernel is tested against.
 //
-// T is float (the arithmetic that kernels follow step by step, so that codes are equal bit for bit away from ties) or double
-// (for error bounds). Codes are one byte each here; csrc/layout packs them.
+// T is float (the arithmetic that kernels follow step by step, so that codes are equal bit for bit away from ties) or
+// double (for error bounds). Codes are one byte each here; csrc/layout packs them.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,13 @@
 
 namespace tq {
 
-// A key as a page holds it. Lloyd-Max: codes[head_dim] are codebook indices and norm is fp16 bits; e4m3: codes are the bytes;
-// f32: codes are unused (the layout stores the floats).
+// A key as a page holds it. Lloyd-Max: codes[head_dim] are codebook indices and norm is fp16 bits; e4m3: codes are the
+// bytes; f32: codes are unused (the layout stores the floats).
 //
 // Lloyd-Max encode, with n = ||k||_2 and t = sqrt(head_dim) * R k / (n + 1e-8):
 //   code = number of midpoints <= t (a tie goes up);
-//   norm = fp16(n / ||c||), c = levels[code] / (scale * sqrt(head_dim)): vLLM stores n and divides by ||c|| on every read
+//   norm = fp16(n / ||c||), c = levels[code] / (scale * sqrt(head_dim)): vLLM stores n and divides by ||c|| on every
+//   read
 //   ("norm correction"); ours is folded in once. Decode: k_rotated = norm * c.
 // Elements are first made finite: NaN -> 0, +-inf and beyond -> +-1e15; the norm saturates at 65504.
 template <class T>
@@ -26,10 +27,11 @@ template <class T>
 void decode_key(const Format& format, int head_dim, const uint8_t* codes, uint16_t norm, T* out);
 
 // A value as a page holds it: min and max over the vector, s = max((max - min) / (2^bits - 1), 1e-8),
-// code = clamp(int((v - min) / s + 0.5)), scale = fp16(s), zero = fp16(min). Decode: code * scale + zero, with the fp16 ones.
-// Elements are first clamped to +-65504 (NaN -> 0), so that scale and zero are finite.
+// code = clamp(int((v - min) / s + 0.5)), scale = fp16(s), zero = fp16(min). Decode: code * scale + zero, with the fp16
+// ones. Elements are first clamped to +-65504 (NaN -> 0), so that scale and zero are finite.
 template <class T>
-void encode_value(const Format& format, int head_dim, const float* value, uint8_t* codes, uint16_t* scale, uint16_t* zero);
+void encode_value(const Format& format, int head_dim, const float* value, uint8_t* codes, uint16_t* scale,
+                  uint16_t* zero);
 
 template <class T>
 void decode_value(const Format& format, int head_dim, const uint8_t* codes, uint16_t scale, uint16_t zero, T* out);

@@ -90,15 +90,15 @@ typedef struct TqCodebook {
 /* One attention layer, as far as its KV cache and its attention math go. */
 typedef struct TqLayerDesc {
   uint32_t struct_size;
-  uint32_t format_id;      /* TqFormatId */
-  int32_t num_heads;       /* query heads; a multiple of num_kv_heads */
-  int32_t num_kv_heads;    /* >= 1 */
-  int32_t head_dim;        /* of Q and K: a multiple of 16 in [16, 512] */
-  int32_t head_dim_v;      /* of V and the output: same range; 0 means head_dim */
-  int32_t dtype;           /* TqDtype of Q, K, V and the output */
-  int32_t attention_kind;  /* TqAttentionKind */
-  int32_t sliding_window;  /* a query at position i sees positions (i - sliding_window, i]; 0: no window */
-  float soft_cap;          /* scores become soft_cap * tanh(score / soft_cap); 0: none */
+  uint32_t format_id;        /* TqFormatId */
+  int32_t num_heads;         /* query heads; a multiple of num_kv_heads */
+  int32_t num_kv_heads;      /* >= 1 */
+  int32_t head_dim;          /* of Q and K: a multiple of 16 in [16, 512] */
+  int32_t head_dim_v;        /* of V and the output: same range; 0 means head_dim */
+  int32_t dtype;             /* TqDtype of Q, K, V and the output */
+  int32_t attention_kind;    /* TqAttentionKind */
+  int32_t sliding_window;    /* a query at position i sees positions (i - sliding_window, i]; 0: no window */
+  float soft_cap;            /* scores become soft_cap * tanh(score / soft_cap); 0: none */
   int32_t kv_sharing_target; /* index of the layer whose pages this one reads, or -1 */
 } TqLayerDesc;
 
@@ -169,7 +169,7 @@ typedef struct TqCaps {
 typedef struct TqLibraryInfo {
   uint32_t struct_size;
   int32_t device_kind;
-  int32_t usable;    /* 1: create_backend would succeed */
+  int32_t usable; /* 1: create_backend would succeed */
   int32_t reserved;
   char path[256];    /* where it is, or was looked for */
   char build_id[64]; /* empty if it could not be opened */
@@ -183,12 +183,12 @@ typedef struct TqCounters {
   uint64_t store_calls;
   uint64_t stored_tokens; /* per call: slots >= 0 */
   uint64_t attend_calls;
-  uint64_t query_tokens;       /* that attend was asked for */
+  uint64_t query_tokens;        /* that attend was asked for */
   uint64_t compressed_kv_reads; /* sum over query tokens of the KV tokens it attended, each read from a page */
 } TqCounters;
 
-/* The paged cache of one layer. A page holds block_size tokens of all KV heads: page_bytes = slot_bytes * num_kv_heads *
- * block_size, contiguous; page b starts at data + b * block_stride_bytes. Inside, the order is csrc/layout's. */
+/* The paged cache of one layer. A page holds block_size tokens of all KV heads: page_bytes = slot_bytes * num_kv_heads
+ * * block_size, contiguous; page b starts at data + b * block_stride_bytes. Inside, the order is csrc/layout's. */
 typedef struct TqPages {
   uint32_t struct_size;
   uint32_t format_id; /* that the pages were written with; must equal the layer's */
@@ -201,8 +201,8 @@ typedef struct TqPages {
 
 /* Compress num_tokens keys and values into pages. key: [num_tokens, num_kv_heads, head_dim], value: [..., head_dim_v],
  * dtype of the layer, innermost dimension contiguous, strides in elements. slot_mapping: [num_tokens], slot = block *
- * block_size + offset; -1 (padding) is skipped, anything else out of range is an error. NaN is stored as 0; norms, scales
- * and zero points saturate at the largest finite fp16. */
+ * block_size + offset; -1 (padding) is skipped, anything else out of range is an error. NaN is stored as 0; norms,
+ * scales and zero points saturate at the largest finite fp16. */
 typedef struct TqStoreKvArgs {
   uint32_t struct_size;
   uint32_t reserved;
@@ -219,11 +219,11 @@ typedef struct TqStoreKvArgs {
   void* stream;
 } TqStoreKvArgs;
 
-/* Attention of num_seqs ragged sequences over pages: decode, multi-token verify and chunked prefill are one operation at
- * different query lengths. Sequence s owns query rows [query_start_loc[s], query_start_loc[s+1]), which are the last ones of
- * its seq_lens[s] tokens; all seq_lens[s] tokens, the current ones too, are read from pages.
- * score = scale * q.k, then the soft cap, then ALiBi (slope * (j - i)), then causal and window masks; a sink adds
- * exp(sinks[h]) to the denominator. A row that sees nothing gives zeros and LSE = -inf. */
+/* Attention of num_seqs ragged sequences over pages: decode, multi-token verify and chunked prefill are one operation
+ * at different query lengths. Sequence s owns query rows [query_start_loc[s], query_start_loc[s+1]), which are the last
+ * ones of its seq_lens[s] tokens; all seq_lens[s] tokens, the current ones too, are read from pages. score = scale *
+ * q.k, then the soft cap, then ALiBi (slope * (j - i)), then causal and window masks; a sink adds exp(sinks[h]) to the
+ * denominator. A row that sees nothing gives zeros and LSE = -inf. */
 typedef struct TqAttendArgs {
   uint32_t struct_size;
   int32_t num_seqs;
@@ -252,8 +252,8 @@ typedef struct TqAttendArgs {
   void* stream;
 } TqAttendArgs;
 
-/* Decode tokens [first_token, first_token + num_tokens) of one sequence. key_out: [num_tokens, num_kv_heads, head_dim] or
- * NULL, value_out likewise, contiguous, dtype of the layer. Keys come back unrotated unless keep_rotated is 1. */
+/* Decode tokens [first_token, first_token + num_tokens) of one sequence. key_out: [num_tokens, num_kv_heads, head_dim]
+ * or NULL, value_out likewise, contiguous, dtype of the layer. Keys come back unrotated unless keep_rotated is 1. */
 typedef struct TqDequantKvArgs {
   uint32_t struct_size;
   int32_t keep_rotated;
@@ -288,31 +288,33 @@ typedef struct TqApi {
   /* Identity of libtq_backend.so; zero-terminated, static. */
   const char* (*build_id)(void);
 
-  /* Formats. list_formats: *count holds the capacity of out on entry and the number of formats on return; out may be NULL.
-   * format_by_name: an unknown name gives TQ_NOT_FOUND and names the nearest. */
+  /* Formats. list_formats: *count holds the capacity of out on entry and the number of formats on return; out may be
+   * NULL. format_by_name: an unknown name gives TQ_NOT_FOUND and names the nearest. */
   int32_t (*list_formats)(TqFormatInfo* out, int64_t* count, TqError* error);
   int32_t (*format_by_name)(const char* name, TqFormatInfo* out, TqError* error);
   int32_t (*codebook)(uint32_t format_id, TqCodebook* out, TqError* error);
 
-  /* Host reference codec: what a stored vector reads back as. in, out: [num_rows, head_dim] float, contiguous. is_key: 1 for
-   * the key codec (keys come back unrotated), 0 for the value codec. */
+  /* Host reference codec: what a stored vector reads back as. in, out: [num_rows, head_dim] float, contiguous. is_key:
+   * 1 for the key codec (keys come back unrotated), 0 for the value codec. */
   int32_t (*fake_quantize)(uint32_t format_id, int32_t is_key, int32_t head_dim, int64_t num_rows, const float* in,
                            float* out, TqError* error);
 
-  /* Planner: host arithmetic, no device. plan_pages fills one TqPagePlan per layer; *count is capacity in, number out. */
+  /* Planner: host arithmetic, no device. plan_pages fills one TqPagePlan per layer; *count is capacity in, number out.
+   */
   int32_t (*kv_cache_spec)(const TqLayerDesc* layer, TqKvCacheSpec* out, TqError* error);
   int32_t (*plan_pages)(const TqPlanRequest* request, TqPagePlan* out, int64_t* count, TqPlanSummary* summary,
                         TqError* error);
 
-  /* Backends. list_libraries: one row per kernel library kind, same count convention; never fails on a missing library. */
+  /* Backends. list_libraries: one row per kernel library kind, same count convention; never fails on a missing library.
+   */
   int32_t (*list_libraries)(const char* kernels_dir, TqLibraryInfo* out, int64_t* count, TqError* error);
   int32_t (*create_backend)(const TqBackendOptions* options, TqBackend** out, TqError* error);
   void (*destroy_backend)(TqBackend* backend);
   int32_t (*query_caps)(const TqBackend* backend, TqCaps* out, TqError* error);
   int32_t (*query_counters)(const TqBackend* backend, TqCounters* out, TqError* error);
 
-  /* *unmet: bit mask of what this backend cannot do for the layer, 0 if all is served. unmet_reason gives a static sentence
-   * for one bit, NULL for a bit that does not exist. */
+  /* *unmet: bit mask of what this backend cannot do for the layer, 0 if all is served. unmet_reason gives a static
+   * sentence for one bit, NULL for a bit that does not exist. */
   int32_t (*check_layer)(const TqBackend* backend, const TqLayerDesc* layer, uint64_t* unmet, TqError* error);
   const char* (*unmet_reason)(int32_t bit);
 

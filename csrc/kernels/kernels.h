@@ -1,8 +1,8 @@
 // kernels.h - the private ABI between libtq_backend.so and the kernel libraries: raw pointers and a stream.
 //
-// Both sides are built from one source tree and ship in one wheel; the loader compares build ids and refuses any other pair,
-// so these structs may change freely. Arguments have been checked by csrc/abi; a kernel library checks what only it can know
-// (the device). Nothing here throws.
+// Both sides are built from one source tree and ship in one wheel; the loader compares build ids and refuses any other
+// pair, so these structs may change freely. Arguments have been checked by csrc/abi; a kernel library checks what only
+// it can know (the device). Nothing here throws.
 #pragma once
 
 #include <cstdint>
@@ -111,7 +111,8 @@ struct KernelApi {
   void (*destroy)(DeviceState*);
   const char* (*device_name)(const DeviceState*);
   void (*counters)(const DeviceState*, KernelCounters* out);
-  uint64_t (*workspace_size)(const DeviceState*, const PageLayout&, int num_heads, int64_t num_tokens, int64_t num_seqs);
+  uint64_t (*workspace_size)(const DeviceState*, const PageLayout&, int num_heads, int64_t num_tokens,
+                             int64_t num_seqs);
   KernelStatus (*store_kv)(DeviceState*, const StoreParams&);
   KernelStatus (*attend)(DeviceState*, const AttendParams&);
   KernelStatus (*dequant_kv)(DeviceState*, const DequantParams&);

@@ -4,17 +4,19 @@
 //
 //     [ 16 key rows | 16 value rows | 16 fp16 key norms | 16 fp16 value scales | 16 fp16 value zeros ]
 //
-//   Norms exist for Lloyd-Max keys, scales and zeros for uniform values. The bytes per token are vLLM's in-tree ones, because
-//   the engine's planner assumes them; the order is ours: rows are aligned for wide loads (a 134-byte array-of-structs slot
-//   is not), and the atoms of one head are contiguous for bulk copies.
+//   Norms exist for Lloyd-Max keys, scales and zeros for uniform values. The bytes per token are vLLM's in-tree ones,
+//   because the engine's planner assumes them; the order is ours: rows are aligned for wide loads (a 134-byte
+//   array-of-structs slot is not), and the atoms of one head are contiguous for bulk copies.
 //
 //   Rows hold codes in token-major order:
 //     8 bits  byte d is dimension d.
 //     4 bits  byte d/2; even d in the low nibble.
-//     3 bits  two planes: head_dim/4 bytes with bits 0-1 of code d at bit 2(d%4) of byte d/4, then head_dim/8 bytes with bit 2.
-//             In the second plane 32 dimensions share a little-endian 32-bit word, dimension 16h + 2i + g at bit 4i + 2h + g:
-//             then (low >> 2g) & 0x33333333 and (high >> ...) & 0x44444444 meet in the same nibbles, and eight codes become
-//             byte-permute selectors in three operations. A trailing half unit (head_dim % 32 == 16) is in natural order.
+//     3 bits  two planes: head_dim/4 bytes with bits 0-1 of code d at bit 2(d%4) of byte d/4, then head_dim/8 bytes
+//     with bit 2.
+//             In the second plane 32 dimensions share a little-endian 32-bit word, dimension 16h + 2i + g at bit 4i +
+//             2h + g: then (low >> 2g) & 0x33333333 and (high >> ...) & 0x44444444 meet in the same nibbles, and eight
+//             codes become byte-permute selectors in three operations. A trailing half unit (head_dim % 32 == 16) is in
+//             natural order.
 //     32 bits floats (test only).
 #pragma once
 
@@ -58,7 +60,9 @@ struct PageLayout {
   }
   // Within an atom, t in [0, 16).
   TQ_HOST_DEVICE constexpr int key_row_offset(int t) const { return t * key_row_bytes(); }
-  TQ_HOST_DEVICE constexpr int value_row_offset(int t) const { return kAtomTokens * key_row_bytes() + t * value_row_bytes(); }
+  TQ_HOST_DEVICE constexpr int value_row_offset(int t) const {
+    return kAtomTokens * key_row_bytes() + t * value_row_bytes();
+  }
   TQ_HOST_DEVICE constexpr int key_norm_offset(int t) const {
     return kAtomTokens * (key_row_bytes() + value_row_bytes()) + 2 * t;
   }
@@ -68,7 +72,8 @@ struct PageLayout {
   TQ_HOST_DEVICE constexpr int value_zero_offset(int t) const { return value_scale_offset(t) + 2 * kAtomTokens; }
 };
 
-constexpr PageLayout make_page_layout(const Format& format, int head_dim, int head_dim_v, int num_kv_heads, int block_size) {
+constexpr PageLayout make_page_layout(const Format& format, int head_dim, int head_dim_v, int num_kv_heads,
+                                      int block_size) {
   return PageLayout{format.key_bits, format.value_bits, format.has_key_norm(), format.has_value_scale(),
                     head_dim,        head_dim_v,        num_kv_heads,          block_size};
 }

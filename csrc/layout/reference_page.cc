@@ -30,8 +30,8 @@ void pack_code(uint8_t* row, int bits, int head_dim, int d, int code) {
 }
 
 template <class T>
-void reference_store(const Format& format, const PageLayout& layout, uint8_t* page, int kv_head, int token, const float* key,
-                     const float* value) {
+void reference_store(const Format& format, const PageLayout& layout, uint8_t* page, int kv_head, int token,
+                     const float* key, const float* value) {
   uint8_t* atom = page + layout.atom_offset(kv_head, token);
   const int t = token % kAtomTokens;
   uint8_t* key_row = atom + layout.key_row_offset(t);
@@ -58,8 +58,8 @@ void reference_store(const Format& format, const PageLayout& layout, uint8_t* pa
 }
 
 template <class T>
-void reference_load(const Format& format, const PageLayout& layout, const uint8_t* page, int kv_head, int token, T* key_out,
-                    T* value_out) {
+void reference_load(const Format& format, const PageLayout& layout, const uint8_t* page, int kv_head, int token,
+                    T* key_out, T* value_out) {
   const uint8_t* atom = page + layout.atom_offset(kv_head, token);
   const int t = token % kAtomTokens;
   std::vector<uint8_t> codes(kMaxHeadDim);

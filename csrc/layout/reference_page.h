@@ -14,7 +14,8 @@ template <class T>
 void reference_store(const Format& format, const PageLayout& layout, uint8_t* page, int kv_head, int token,
                      const float* key, const float* value);
 
-// Decodes one token of one head: key_out[head_dim] (rotated for Lloyd-Max formats), value_out[head_dim_v]; either may be null.
+// Decodes one token of one head: key_out[head_dim] (rotated for Lloyd-Max formats), value_out[head_dim_v]; either may
+// be null.
 template <class T>
 void reference_load(const Format& format, const PageLayout& layout, const uint8_t* page, int kv_head, int token,
                     T* key_out, T* value_out);

@@ -25,7 +25,8 @@ std::string check_sharing(std::span<const LayerSpec> layers, size_t i) {
   if (b.kv_sharing_target != -1) return who + ", which shares pages itself; it must be a layer that owns its pages";
   if (a.format->id != b.format->id || a.num_kv_heads != b.num_kv_heads || a.head_dim != b.head_dim ||
       a.head_dim_v != b.head_dim_v) {
-    return who + ", whose format, KV heads or head dimensions differ; layers that share pages must agree in all of them";
+    return who +
+           ", whose format, KV heads or head dimensions differ; layers that share pages must agree in all of them";
   }
   return "";
 }

@@ -102,7 +102,8 @@ Rows fake_quantize(const std::string& format, bool is_key, const Rows& x) {
   return out;
 }
 
-TqLayerDesc make_layer(const std::string& format, int num_kv_heads, int head_dim, int head_dim_v, int kv_sharing_target) {
+TqLayerDesc make_layer(const std::string& format, int num_kv_heads, int head_dim, int head_dim_v,
+                       int kv_sharing_target) {
   auto layer = sized<TqLayerDesc>();
   layer.format_id = find_format(format).format_id;
   layer.num_heads = num_kv_heads;
@@ -128,7 +129,8 @@ py::dict kv_cache_spec(const std::string& format, int num_kv_heads, int head_dim
   return d;
 }
 
-// layers: dictionaries with format, num_kv_heads, head_dim and, if they differ from 0 and -1, head_dim_v, kv_sharing_target.
+// layers: dictionaries with format, num_kv_heads, head_dim and, if they differ from 0 and -1, head_dim_v,
+// kv_sharing_target.
 py::dict plan_pages(const std::vector<py::dict>& layers, int block_size, int64_t memory_bytes) {
   std::vector<TqLayerDesc> descs;
   for (const py::dict& layer : layers) {
@@ -186,7 +188,8 @@ py::list libraries(const std::optional<std::string>& kernels_dir) {
   return out;
 }
 
-// What check_layer of a backend of this kind ("cpu", "cuda", "hip") finds unmet: a list of sentences, empty if all is served.
+// What check_layer of a backend of this kind ("cpu", "cuda", "hip") finds unmet: a list of sentences, empty if all is
+// served.
 std::vector<std::string> unmet(const std::string& kind, const std::string& format, int num_heads, int num_kv_heads,
                                int head_dim, int head_dim_v, const std::string& attention_kind) {
   auto options = sized<TqBackendOptions>();

@@ -1,9 +1,10 @@
 // ops.cc - the kernels as LibTorch operators, through the stable ABI: one binary for every torch from 2.10 on.
 //
-// Checks what only torch knows (rank, dtype, device, contiguity), then hands pointers to the C ABI, whose sentences become
-// the exceptions' texts. Tensors: query, out [tokens, heads, head_dim], key, value [tokens, kv_heads, head_dim], float32,
-// float16 or bfloat16 with a contiguous last dimension; pages uint8 [blocks, ...], each block one contiguous run of bytes;
-// slot_mapping int64 [tokens]; query_start_loc int32 [seqs + 1]; seq_lens int32 [seqs]; block_table int32 [seqs, blocks].
+// Checks what only torch knows (rank, dtype, device, contiguity), then hands pointers to the C ABI, whose sentences
+// become the exceptions' texts. Tensors: query, out [tokens, heads, head_dim], key, value [tokens, kv_heads, head_dim],
+// float32, float16 or bfloat16 with a contiguous last dimension; pages uint8 [blocks, ...], each block one contiguous
+// run of bytes; slot_mapping int64 [tokens]; query_start_loc int32 [seqs + 1]; seq_lens int32 [seqs]; block_table int32
+// [seqs, blocks].
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -87,7 +88,8 @@ void need(const char* name, const Tensor& t, int64_t rank, ScalarType type, cons
 }
 
 void need_heads(const char* name, const Tensor& t, int32_t dtype) {
-  if (dtype_of(name, t) != dtype) fail(std::string(name) + " has another dtype than the other tensors; they must agree");
+  if (dtype_of(name, t) != dtype)
+    fail(std::string(name) + " has another dtype than the other tensors; they must agree");
   need(name, t, 3, t.scalar_type(), "itself");
 }
 
@@ -124,19 +126,21 @@ TqLayerDesc make_layer(int64_t format_id, int64_t num_heads, int64_t num_kv_head
 TqPages make_pages(const Tensor& t, const TqLayerDesc& layer, int64_t block_size) {
   if (!t.is_cpu()) fail("pages is not on the CPU; this call takes CPU tensors");
   if (t.scalar_type() != ScalarType::Byte) fail("pages has another dtype than uint8");
-  if (t.dim() < 2) fail("pages has " + std::to_string(t.dim()) + " dimensions; it must have at least 2, the first for blocks");
+  if (t.dim() < 2)
+    fail("pages has " + std::to_string(t.dim()) + " dimensions; it must have at least 2, the first for blocks");
   // Within a block the bytes must be one run, whatever the dimensions are called.
   int64_t run = 1;
   for (int64_t d = t.dim() - 1; d > 0; --d) {
-    if (t.size(d) != 1 && t.stride(d) != run) fail("pages is not contiguous within a block; each block must be one run of bytes");
+    if (t.size(d) != 1 && t.stride(d) != run)
+      fail("pages is not contiguous within a block; each block must be one run of bytes");
     run *= t.size(d);
   }
   TqKvCacheSpec spec = {};
   spec.struct_size = sizeof(spec);
   call(api().kv_cache_spec, &layer, &spec);
   if (block_size <= 0 || run < spec.bytes_per_token * block_size) {
-    fail("pages has " + std::to_string(run) + " bytes in a block; " + std::to_string(block_size) + " tokens of this layer need " +
-         std::to_string(spec.bytes_per_token * block_size));
+    fail("pages has " + std::to_string(run) + " bytes in a block; " + std::to_string(block_size) +
+         " tokens of this layer need " + std::to_string(spec.bytes_per_token * block_size));
   }
   TqPages pages = {};
   pages.struct_size = sizeof(pages);
@@ -178,9 +182,9 @@ void store_kv(Tensor key, Tensor value, Tensor pages, Tensor slot_mapping, int64
 }
 
 void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tensor seq_lens, Tensor block_table,
-            int64_t format_id, int64_t block_size, int64_t num_kv_heads, double scale, bool causal, int64_t sliding_window,
-            double soft_cap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes, std::optional<Tensor> lse,
-            Tensor workspace) {
+            int64_t format_id, int64_t block_size, int64_t num_kv_heads, double scale, bool causal,
+            int64_t sliding_window, double soft_cap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
+            std::optional<Tensor> lse, Tensor workspace) {
   const int32_t dtype = dtype_of("query", query);
   need_heads("query", query, dtype);
   need_heads("out", out, dtype);
@@ -233,8 +237,8 @@ void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tens
   call(api().attend, cpu_backend(), &args);
 }
 
-void dequant_kv(Tensor pages, Tensor block_table, int64_t first_token, int64_t format_id, int64_t block_size, Tensor key_out,
-                Tensor value_out, bool keep_rotated) {
+void dequant_kv(Tensor pages, Tensor block_table, int64_t first_token, int64_t format_id, int64_t block_size,
+                Tensor key_out, Tensor value_out, bool keep_rotated) {
   const int32_t dtype = dtype_of("key_out", key_out);
   need_heads("key_out", key_out, dtype);
   need_heads("value_out", value_out, dtype);
@@ -273,8 +277,9 @@ std::vector<int64_t> counters() {
   TqCounters c = {};
   c.struct_size = sizeof(c);
   call(api().query_counters, cpu_backend(), &c);
-  return {static_cast<int64_t>(c.store_calls), static_cast<int64_t>(c.stored_tokens), static_cast<int64_t>(c.attend_calls),
-          static_cast<int64_t>(c.query_tokens), static_cast<int64_t>(c.compressed_kv_reads)};
+  return {static_cast<int64_t>(c.store_calls), static_cast<int64_t>(c.stored_tokens),
+          static_cast<int64_t>(c.attend_calls), static_cast<int64_t>(c.query_tokens),
+          static_cast<int64_t>(c.compressed_kv_reads)};
 }
 
 }  // namespace
@@ -287,7 +292,8 @@ STABLE_TORCH_LIBRARY(tq_backend, m) {
       "int format_id, int block_size, int num_kv_heads, float scale, bool causal, int sliding_window, float soft_cap, "
       "Tensor? sinks, Tensor? alibi_slopes, Tensor(b!)? lse, Tensor(c!) workspace) -> ()");
   m.def(
-      "dequant_kv(Tensor pages, Tensor block_table, int first_token, int format_id, int block_size, Tensor(a!) key_out, "
+      "dequant_kv(Tensor pages, Tensor block_table, int first_token, int format_id, int block_size, Tensor(a!) "
+      "key_out, "
       "Tensor(b!) value_out, bool keep_rotated) -> ()");
   m.def(
       "workspace_size(int num_heads, int num_kv_heads, int head_dim, int head_dim_v, int format_id, int num_tokens, "

@@ -1,4 +1,5 @@
-// cpu_fixture.h - a paged cache with random contents for tests of the CPU kernel library, and attention over it in double.
+// cpu_fixture.h - a paged cache with random contents for tests of the CPU kernel library, and attention over it in
+// double.
 #pragma once
 
 #include <dlfcn.h>
@@ -87,10 +88,10 @@ struct Config {
 
   std::string describe() const {
     std::string s = std::string(format->name) + " dtype " + std::to_string(static_cast<int>(dtype)) + " heads " +
-                    std::to_string(num_heads) + ":" + std::to_string(num_kv_heads) + " dim " + std::to_string(head_dim) + "/" +
-                    std::to_string(head_dim_v) + " block " + std::to_string(block_size) + (causal ? " causal" : " full") +
-                    " window " + std::to_string(window) + " cap " + std::to_string(soft_cap) + (sinks ? " sinks" : "") +
-                    (alibi ? " alibi" : "") + " lens";
+                    std::to_string(num_heads) + ":" + std::to_string(num_kv_heads) + " dim " +
+                    std::to_string(head_dim) + "/" + std::to_string(head_dim_v) + " block " +
+                    std::to_string(block_size) + (causal ? " causal" : " full") + " window " + std::to_string(window) +
+                    " cap " + std::to_string(soft_cap) + (sinks ? " sinks" : "") + (alibi ? " alibi" : "") + " lens";
     for (size_t i = 0; i < seq_lens.size(); ++i) {
       s += " " + std::to_string(query_lens[i]) + "/" + std::to_string(seq_lens[i]);
     }
@@ -98,8 +99,8 @@ struct Config {
   }
 };
 
-// Buffers of one call, filled with seeded noise; pages are written by the reference, in random order, between pages of 0xff
-// bytes (NaN norms), which a kernel must never let into a result.
+// Buffers of one call, filled with seeded noise; pages are written by the reference, in random order, between pages of
+// 0xff bytes (NaN norms), which a kernel must never let into a result.
 class Case {
  public:
   Case(const Config& config, uint32_t seed) : c(config), rng(seed), pages(0) {
@@ -144,8 +145,8 @@ class Case {
   uint8_t* page(int seq, int token) { return pages.data() + table[seq * max_blocks + token / c.block_size] * stride; }
 
   PagedCache cache() {
-    return {*c.format, layout, c.format->rotates_keys() ? &format_codebook(c.format->key_bits) : nullptr, pages.data(),
-            num_blocks, stride};
+    return {*c.format,    layout,     c.format->rotates_keys() ? &format_codebook(c.format->key_bits) : nullptr,
+            pages.data(), num_blocks, stride};
   }
 
   AttendParams params(AlignedBytes& workspace, uint64_t workspace_bytes) {
@@ -228,7 +229,8 @@ class Case {
       if ((c.causal && t > position) || (c.window > 0 && t <= position - c.window)) continue;
       double x = 0;
       for (int d = 0; d < c.head_dim; ++d) {
-        x += k[size_t(t) * c.head_dim + d] * to_float(c.dtype, query.data(), (token * c.num_heads + h) * c.head_dim + d);
+        x +=
+            k[size_t(t) * c.head_dim + d] * to_float(c.dtype, query.data(), (token * c.num_heads + h) * c.head_dim + d);
       }
       x /= std::sqrt(double(c.head_dim));
       if (c.soft_cap > 0) x = c.soft_cap * std::tanh(x / c.soft_cap);
@@ -242,7 +244,8 @@ class Case {
     std::vector<double> want(c.head_dim_v);
     for (int t = 0; t < n; ++t) {
       if (score[t] == -INFINITY) continue;
-      for (int d = 0; d < c.head_dim_v; ++d) want[d] += std::exp(score[t] - max) / sum * v[size_t(t) * c.head_dim_v + d];
+      for (int d = 0; d < c.head_dim_v; ++d)
+        want[d] += std::exp(score[t] - max) / sum * v[size_t(t) * c.head_dim_v + d];
     }
     double largest = 1e-30, error = 0;
     for (double x : want) largest = std::max(largest, std::fabs(x));
@@ -280,7 +283,8 @@ class CpuDevice {
   DeviceState* state_ = nullptr;
 };
 
-// Largest error relative to the largest output of a row: float arithmetic with 15-bit queries and weights, and one rounding of the output.
+// Largest error relative to the largest output of a row: float arithmetic with 15-bit queries and weights, and one
+// rounding of the output.
 inline double tolerance(Dtype dtype) { return dtype == Dtype::kF32 ? 1e-3 : dtype == Dtype::kF16 ? 2e-3 : 1e-2; }
 
 // The seed of a fuzz test: TQ_TEST_SEED if set, else fixed; always printed.

@@ -19,8 +19,12 @@ struct Store {
   // scale(i): magnitude of token i.
   template <class Scale>
   Store(const Format& f, Dtype dt, int dim, int dim_v, int heads, int block, int tokens, uint32_t seed, Scale&& scale)
-      : format(&f), layout(make_page_layout(f, dim, dim_v, heads, block)), dtype(dt), num_tokens(tokens),
-        pages(static_cast<size_t>(5 * layout.page_bytes()), 0), stride(layout.page_bytes()) {
+      : format(&f),
+        layout(make_page_layout(f, dim, dim_v, heads, block)),
+        dtype(dt),
+        num_tokens(tokens),
+        pages(static_cast<size_t>(5 * layout.page_bytes()), 0),
+        stride(layout.page_bytes()) {
     std::mt19937 rng(seed);
     std::normal_distribution<float> normal;
     key.resize(size_t(tokens) * heads * dim * dtype_bytes(dt));
@@ -38,8 +42,8 @@ struct Store {
   }
 
   PagedCache cache() {
-    return {*format, layout, format->rotates_keys() ? &format_codebook(format->key_bits) : nullptr, pages.data(), num_blocks,
-            stride};
+    return {*format,      layout,     format->rotates_keys() ? &format_codebook(format->key_bits) : nullptr,
+            pages.data(), num_blocks, stride};
   }
 
   void run(DeviceState* device) {
@@ -71,8 +75,9 @@ uint16_t fp16_at(const uint8_t* p) {
   return bits;
 }
 
-// Codes equal the reference's, except where the reference's own input to the quantizer lies within tie of a threshold: sums
-// are taken in another order here. Norms may then differ by the changed levels, otherwise by one unit in the last place.
+// Codes equal the reference's, except where the reference's own input to the quantizer lies within tie of a threshold:
+// sums are taken in another order here. Norms may then differ by the changed levels, otherwise by one unit in the last
+// place.
 void expect_equal_pages(Store& s) {
   const PageLayout& l = s.layout;
   AlignedBytes want(size_t(s.num_blocks * s.stride), 0);
@@ -107,7 +112,8 @@ void expect_equal_pages(Store& s) {
       ASSERT_EQ(std::memcmp(a + l.value_row_offset(t), b + l.value_row_offset(t), l.value_row_bytes()), 0);
     }
   }
-  // Float sums over up to 512 elements differ by some 1e-6 relative; thresholds are hit that closely in about as many codes.
+  // Float sums over up to 512 elements differ by some 1e-6 relative; thresholds are hit that closely in about as many
+  // codes.
   EXPECT_LE(ties, codes / 10000 + 2) << s.format->name;
 }
 
@@ -139,8 +145,8 @@ TEST(StoreCpu, PaddingIsSkippedAndCounted) {
   EXPECT_EQ(device.counters().stored_tokens, 1u);
 }
 
-// Magnitudes from 1e-8 to 1e38, zeros, infinities and NaN next to ordinary tokens: everything decodes to finite numbers, and
-// the ordinary tokens to what they are without bad neighbours.
+// Magnitudes from 1e-8 to 1e38, zeros, infinities and NaN next to ordinary tokens: everything decodes to finite
+// numbers, and the ordinary tokens to what they are without bad neighbours.
 TEST(StoreCpu, OutliersStayInTheirToken) {
   CpuDevice device;
   for (const Format& format : all_formats()) {
@@ -162,8 +168,8 @@ TEST(StoreCpu, OutliersStayInTheirToken) {
     std::vector<double> k(128), v(128);
     for (int i = 0; i < s.num_tokens; ++i) {
       for (int h = 0; h < 2; ++h) {
-        reference_load<double>(format, s.layout, s.pages.data() + s.slots[i] / 32 * s.stride, h, int(s.slots[i] % 32), k.data(),
-                               v.data());
+        reference_load<double>(format, s.layout, s.pages.data() + s.slots[i] / 32 * s.stride, h, int(s.slots[i] % 32),
+                               k.data(), v.data());
         double norm = 0, error = 0;
         if (format.rotates_keys()) rotate(k.data(), 128);
         for (int d = 0; d < 128; ++d) {
@@ -173,7 +179,9 @@ TEST(StoreCpu, OutliersStayInTheirToken) {
         }
         const bool ordinary = i % 8 > 2 && i != 3 && i != 11 && i != 19 && i != 27;
         if (ordinary) {
-          EXPECT_LE(error / norm, 0.1) << format.name << " token " << i;  // 3 bits: 0.0345 on average, more where one rotated element lies beyond 4 sigma
+          EXPECT_LE(error / norm, 0.1)
+              << format.name << " token "
+              << i;  // 3 bits: 0.0345 on average, more where one rotated element lies beyond 4 sigma
         }
         if (i == 27) {
           EXPECT_EQ(v[0], 0.0);
@@ -208,7 +216,8 @@ TEST(DequantCpu, EqualsReference) {
         for (int i = 0; i < 60; ++i) {
           for (int h = 0; h < 2; ++h) {
             const int token = 13 + i;
-            reference_load<double>(format, s.layout, s.pages.data() + token / 16 * s.stride, h, token % 16, k.data(), v.data());
+            reference_load<double>(format, s.layout, s.pages.data() + token / 16 * s.stride, h, token % 16, k.data(),
+                                   v.data());
             if (format.rotates_keys() && !keep_rotated) rotate(k.data(), dim);
             for (int d = 0; d < dim; ++d) {
               // A few float roundings of values below 8.

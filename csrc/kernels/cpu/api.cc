@@ -63,8 +63,8 @@ KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
 }
 
 constexpr KernelApi kApi = {
-    sizeof(KernelApi), kBuildId, kCpuDevice, &probe,  &create,    &destroy,    &device_name,
-    &counters,         &cpu_workspace_size,  &store_kv, &attend,  &dequant_kv, &copy_pages,
+    sizeof(KernelApi),   kBuildId,  kCpuDevice, &probe,      &create,     &destroy, &device_name, &counters,
+    &cpu_workspace_size, &store_kv, &attend,    &dequant_kv, &copy_pages,
 };
 
 }  // namespace

@@ -10,13 +10,13 @@
 namespace tq {
 namespace {
 
-// A tile's KV range is split when it holds more than this many times the fair share of a thread: then one long sequence at
-// batch 1 keeps all threads busy, while a prefill, which has tiles enough, is never split.
+// A tile's KV range is split when it holds more than this many times the fair share of a thread: then one long sequence
+// at batch 1 keeps all threads busy, while a prefill, which has tiles enough, is never split.
 constexpr int kTasksPerThread = 4;
 constexpr int64_t kMinSplitTokens = 4 * kChunkTokens;
 
-// A range is split in pieces of at least the fair share total / (kTasksPerThread * threads), so there are at most twice as
-// many pieces of split tiles as kTasksPerThread * threads.
+// A range is split in pieces of at least the fair share total / (kTasksPerThread * threads), so there are at most twice
+// as many pieces of split tiles as kTasksPerThread * threads.
 int64_t max_partials(int num_threads) { return 2 * int64_t{kTasksPerThread} * num_threads; }
 
 struct Carver {

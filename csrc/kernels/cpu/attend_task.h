@@ -68,7 +68,7 @@ struct AttendScratch {
   float* value_scale;   // [kChunkTokens]
   float* value_zero;    // [kChunkTokens]
   void* key_tile;       // one atom: bytes [head_dim / 4 operands, 4 * lanes], or floats [kAtomTokens, head_dim]
-  void* value_tile;     // one chunk: bytes [groups of tokens, operands, 4 * lanes], or floats [kChunkTokens, head_dim_v]
+  void* value_tile;  // one chunk: bytes [groups of tokens, operands, 4 * lanes], or floats [kChunkTokens, head_dim_v]
 };
 
 // Lays the arrays out from base (64-byte aligned, or null to measure) and returns the bytes used.

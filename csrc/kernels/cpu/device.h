@@ -19,8 +19,8 @@ struct DeviceState {
   std::atomic<uint64_t> compressed_kv_reads{0};
 };
 
-// Calls f(worker, i) for i in [0, count). Work is handed out one index at a time whatever the caller's pool does, because
-// causal tiles differ in length. worker is in [0, parallel_for.num_threads).
+// Calls f(worker, i) for i in [0, count). Work is handed out one index at a time whatever the caller's pool does,
+// because causal tiles differ in length. worker is in [0, parallel_for.num_threads).
 template <class F>
 void for_each_index(const ParallelFor& pool, int64_t count, F&& f) {
   struct Shared {

@@ -1,9 +1,10 @@
 // attend_task.cc - the CPU attention kernel: one tile of queries against compressed pages.
 //
-// Per chunk of 64 tokens: scores of packed keys (key_tile-inl.h), online softmax in float, weighted sums of packed values
-// (value_tile-inl.h). Queries and weights are 16-bit integers, products are exact in 32 bits (32639 * 63 * 512 < 2^31), and
-// the codes never become floats. The float formats (FP8 keys, raw_f32) share everything but the inner products. Nothing
-// larger than a chunk is ever expanded. Reference: layout/reference_page.h in double (tests/cpp/attend_cpu_test.cc).
+// Per chunk of 64 tokens: scores of packed keys (key_tile-inl.h), online softmax in float, weighted sums of packed
+// values (value_tile-inl.h). Queries and weights are 16-bit integers, products are exact in 32 bits (32639 * 63 * 512 <
+// 2^31), and the codes never become floats. The float formats (FP8 keys, raw_f32) share everything but the inner
+// products. Nothing larger than a chunk is ever expanded. Reference: layout/reference_page.h in double
+// (tests/cpp/attend_cpu_test.cc).
 #include "kernels/cpu/attend_task.h"
 
 #include <algorithm>
@@ -54,7 +55,8 @@ HWY_ATTR void load_queries(const AttendTask& task, const AttendScratch& s) {
 }
 
 // scores[r][0..16) of all rows against one atom, and the norms that go with them; tokens from valid on get norm 0.
-HWY_ATTR void score_keys(const PagedCache& cache, const uint8_t* atom, int valid, int rows, const AttendScratch& s, int t0) {
+HWY_ATTR void score_keys(const PagedCache& cache, const uint8_t* atom, int valid, int rows, const AttendScratch& s,
+                         int t0) {
   const PageLayout& layout = cache.layout;
   const int dim = layout.head_dim;
   const DF df;
@@ -98,10 +100,10 @@ HWY_ATTR void load_values(const PagedCache& cache, const uint8_t* atom, int firs
   }
 }
 
-// Scores of row r (raw products on entry) to weights: scale, soft cap, ALiBi, masks, online softmax. Leaves p (float values)
-// or the quantized p * value_scale (coded values).
-HWY_ATTR void softmax_row(const AttendTask& task, const AttendScratch& s, int r, int64_t chunk, int tokens, int64_t position,
-                          KvRange visible, bool integer_scores) {
+// Scores of row r (raw products on entry) to weights: scale, soft cap, ALiBi, masks, online softmax. Leaves p (float
+// values) or the quantized p * value_scale (coded values).
+HWY_ATTR void softmax_row(const AttendTask& task, const AttendScratch& s, int r, int64_t chunk, int tokens,
+                          int64_t position, KvRange visible, bool integer_scores) {
   const AttendParams& p = *task.params;
   const bool coded = p.cache.format.value_codec == ValueCodec::kUniform;
   const DF df;
@@ -185,7 +187,8 @@ HWY_ATTR void softmax_row(const AttendTask& task, const AttendScratch& s, int r,
 }
 
 // row[head_dim_v] <- accumulators in dimension order, with the zero points.
-HWY_ATTR void collect_row(const PagedCache& cache, const float* HWY_RESTRICT acc, float zero_sum, float* HWY_RESTRICT row) {
+HWY_ATTR void collect_row(const PagedCache& cache, const float* HWY_RESTRICT acc, float zero_sum,
+                          float* HWY_RESTRICT row) {
   const int dim = cache.layout.head_dim_v;
   if (cache.format.value_codec == ValueCodec::kF32) {
     std::copy(acc, acc + dim, row);
@@ -259,7 +262,8 @@ HWY_ATTR void AttendTaskImpl(const AttendTask& task, const AttendScratch& s) {
     }
     for (int r = 0; r < rows; ++r) {
       const int64_t q = task.first_query + r / group;
-      softmax_row(task, s, r, chunk, tokens, seq_len - query_len + q, visible_range(p, seq_len, query_len, q), coded_keys);
+      softmax_row(task, s, r, chunk, tokens, seq_len - query_len + q, visible_range(p, seq_len, query_len, q),
+                  coded_keys);
     }
     const int padded = (tokens + kAtomTokens - 1) / kAtomTokens * kAtomTokens;
     weigh_values(cache, s, rows, padded);

@@ -1,7 +1,9 @@
-// dot4-inl.h - the integer multiply-accumulate of the CPU kernels: four unsigned by four signed bytes into each 32-bit lane.
+// dot4-inl.h - the integer multiply-accumulate of the CPU kernels: four unsigned by four signed bytes into each 32-bit
+// lane.
 //
-// Highway 1.0.3 (Debian 12) has no such operation, so this is the one place with intrinsics: VNNI where there is AVX3_DL, the
-// multiply-add pair before it. The pair saturates 16-bit sums, which 2 * 127 * 128 < 32768 cannot reach: a is at most 127.
+// Highway 1.0.3 (Debian 12) has no such operation, so this is the one place with intrinsics: VNNI where there is
+// AVX3_DL, the multiply-add pair before it. The pair saturates 16-bit sums, which 2 * 127 * 128 < 32768 cannot reach: a
+// is at most 127.
 #if defined(TQ_CPU_DOT4_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TQ_CPU_DOT4_INL_H_
 #undef TQ_CPU_DOT4_INL_H_
@@ -24,7 +26,8 @@ using VU8 = hn::Vec<DU8>;
 // acc[i] + sum over j < 4 of a[4i + j] * b[4i + j]; a in [0, 127], b a 32-bit lane of four signed bytes.
 HWY_INLINE HWY_ATTR VI dot4(VI acc, VU8 a, VI b) {
 #if HWY_TARGET == HWY_AVX3_DL
-  // Written as asm because Highway 1.0.3's target attribute for AVX3_DL leaves avx512vnni out, though its CPU check has it.
+  // Written as asm because Highway 1.0.3's target attribute for AVX3_DL leaves avx512vnni out, though its CPU check has
+  // it.
   asm("vpdpbusd %2, %1, %0" : "+v"(acc.raw) : "v"(a.raw), "v"(b.raw));
   return acc;
 #elif HWY_TARGET == HWY_AVX3
@@ -54,8 +57,8 @@ HWY_INLINE HWY_ATTR VI dot4(VI acc, VU8 a, VI b) {
 #endif
 }
 
-// A vector filled from kParts places that lie `distance` bytes apart, in order. kParts is 1, 2 or 4 and at most kLanes / 4: one
-// part is at least 16 bytes.
+// A vector filled from kParts places that lie `distance` bytes apart, in order. kParts is 1, 2 or 4 and at most kLanes
+// / 4: one part is at least 16 bytes.
 template <int kParts>
 HWY_INLINE HWY_ATTR VU8 load_side_by_side(const uint8_t* from, [[maybe_unused]] int64_t distance) {
   const DU8 d;
@@ -67,7 +70,8 @@ HWY_INLINE HWY_ATTR VU8 load_side_by_side(const uint8_t* from, [[maybe_unused]] 
   const hn::Half<decltype(half)> quarter;
   if constexpr (kParts == 4) {
     const auto low = hn::Combine(half, hn::LoadU(quarter, from + distance), hn::LoadU(quarter, from));
-    const auto high = hn::Combine(half, hn::LoadU(quarter, from + 3 * distance), hn::LoadU(quarter, from + 2 * distance));
+    const auto high =
+        hn::Combine(half, hn::LoadU(quarter, from + 3 * distance), hn::LoadU(quarter, from + 2 * distance));
     return hn::Combine(d, high, low);
   }
 #endif

@@ -1,9 +1,9 @@
 // key_tile-inl.h - scores of a tile of queries against 16 tokens' compressed keys.
 //
-// Lloyd-Max keys: the packed rows of the tokens are transposed as 32-bit words, so that a lane is a token; a word's codes then
-// become four codebook bytes per lane by one table lookup, and dot4 with a broadcast query needs no sum across lanes. Byte b
-// of operand o of a row belongs to dimension operand_dim(). Levels are stored with 64 added (dot4 wants unsigned bytes), which
-// 64 * sum(query) takes back.
+// Lloyd-Max keys: the packed rows of the tokens are transposed as 32-bit words, so that a lane is a token; a word's
+// codes then become four codebook bytes per lane by one table lookup, and dot4 with a broadcast query needs no sum
+// across lanes. Byte b of operand o of a row belongs to dimension operand_dim(). Levels are stored with 64 added (dot4
+// wants unsigned bytes), which 64 * sum(query) takes back.
 #if defined(TQ_CPU_KEY_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TQ_CPU_KEY_TILE_INL_H_
 #undef TQ_CPU_KEY_TILE_INL_H_
@@ -27,9 +27,11 @@ constexpr int kLevelOffset = 64;
 // Query rows whose accumulators stay in registers, two planes each.
 constexpr int kQueryRows = 4;
 
-// Which dimension byte b of operand o holds. 4 bits: word w has 8 codes, operand 2w the low nibbles. 3 bits: word w of the low
-// plane has 16 codes, operand 4w + g those at bit 2g of each byte.
-inline int operand_dim(int bits, int o, int b) { return bits == 4 ? o / 2 * 8 + 2 * b + o % 2 : o / 4 * 16 + 4 * b + o % 4; }
+// Which dimension byte b of operand o holds. 4 bits: word w has 8 codes, operand 2w the low nibbles. 3 bits: word w of
+// the low plane has 16 codes, operand 4w + g those at bit 2g of each byte.
+inline int operand_dim(int bits, int o, int b) {
+  return bits == 4 ? o / 2 * 8 + 2 * b + o % 2 : o / 4 * 16 + 4 * b + o % 4;
+}
 
 // Four vectors of words, lane = token: out[i] holds word i of the 16 bytes at rows + t * stride, t in [0, kLanes).
 HWY_INLINE HWY_ATTR void transpose_words(const uint8_t* rows, int stride, VI* out) {
@@ -50,7 +52,8 @@ HWY_INLINE HWY_ATTR void transpose_words(const uint8_t* rows, int stride, VI* ou
   out[3] = hn::BitCast(d32, hn::InterleaveUpper(d64, c, e));
 }
 
-// 16 natural-order bits in each lane to the places they have in a full unit's word: bit 4p + g to byte p, bits 0, 1, 4, 5.
+// 16 natural-order bits in each lane to the places they have in a full unit's word: bit 4p + g to byte p, bits 0, 1,
+// 4, 5.
 HWY_INLINE HWY_ATTR VI spread_half_unit(VI natural) {
   const DI d;
   auto x = hn::And(natural, hn::Set(d, 0xffff));
@@ -113,8 +116,8 @@ HWY_ATTR void expand_keys_3bit(const uint8_t* rows, int stride, int dim, VU8 tab
 
 // scores[r][0..kLanes) for kRows rows of byte-plane queries [rows][dim / 4][high, low][4].
 template <int kRows>
-HWY_ATTR void dot_codes(const int8_t* HWY_RESTRICT query, const int32_t* HWY_RESTRICT bias, const uint8_t* HWY_RESTRICT tile,
-                        int dim, int32_t* HWY_RESTRICT scores) {
+HWY_ATTR void dot_codes(const int8_t* HWY_RESTRICT query, const int32_t* HWY_RESTRICT bias,
+                        const uint8_t* HWY_RESTRICT tile, int dim, int32_t* HWY_RESTRICT scores) {
   const DI d32;
   const DU8 d8;
   VI high[kRows];
@@ -137,9 +140,10 @@ HWY_ATTR void dot_codes(const int8_t* HWY_RESTRICT query, const int32_t* HWY_RES
   }
 }
 
-// Rotated query -> 16-bit integers, in planes and operand order. Returns what an integer product is worth; *bias takes back
-// the level offset.
-HWY_ATTR float quantize_query(const float* HWY_RESTRICT x, int bits, int dim, int8_t* HWY_RESTRICT planes, int32_t* bias) {
+// Rotated query -> 16-bit integers, in planes and operand order. Returns what an integer product is worth; *bias takes
+// back the level offset.
+HWY_ATTR float quantize_query(const float* HWY_RESTRICT x, int bits, int dim, int8_t* HWY_RESTRICT planes,
+                              int32_t* bias) {
   const DF df;
   auto largest = hn::Zero(df);
   auto finite = hn::Set(df, 0.0f);
@@ -166,7 +170,8 @@ HWY_ATTR float quantize_query(const float* HWY_RESTRICT x, int bits, int dim, in
 }
 
 // scores[r][0..16) of all rows against one atom of coded keys, as integers.
-HWY_ATTR void score_coded_keys(const PagedCache& cache, const uint8_t* atom, int rows, const AttendScratch& s, float* scores) {
+HWY_ATTR void score_coded_keys(const PagedCache& cache, const uint8_t* atom, int rows, const AttendScratch& s,
+                               float* scores) {
   const PageLayout& layout = cache.layout;
   const int dim = layout.head_dim;
   HWY_ALIGN uint8_t levels[16] = {};
@@ -208,7 +213,8 @@ HWY_INLINE HWY_ATTR void store_four_sums(VF a, VF b, VF c, VF e, float* HWY_REST
 }
 
 template <int kRows>
-HWY_ATTR void dot_floats(const float* HWY_RESTRICT query, const float* HWY_RESTRICT key, int dim, float* HWY_RESTRICT scores) {
+HWY_ATTR void dot_floats(const float* HWY_RESTRICT query, const float* HWY_RESTRICT key, int dim,
+                         float* HWY_RESTRICT scores) {
   const DF df;
   for (int t = 0; t < kAtomTokens; t += 4) {
     VF sum[kRows][4];

@@ -1,7 +1,7 @@
 // rows-inl.h - one vector of head_dim elements in SIMD: load and store any dtype, rotate, decode e4m3.
 //
-// Included once per instruction set (Highway's foreach_target), hence the toggled guard. Dimensions are multiples of 16, so
-// float vectors of 4, 8 or 16 lanes never have a remainder.
+// Included once per instruction set (Highway's foreach_target), hence the toggled guard. Dimensions are multiples of
+// 16, so float vectors of 4, 8 or 16 lanes never have a remainder.
 #if defined(TQ_CPU_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TQ_CPU_ROWS_INL_H_
 #undef TQ_CPU_ROWS_INL_H_
@@ -79,7 +79,8 @@ inline HWY_ATTR void store_row(Dtype dtype, const float* HWY_RESTRICT in, int di
   }
 }
 
-// x + partner or partner - x by the lane's bit: what one butterfly inside a vector computes, with the reference's rounding.
+// x + partner or partner - x by the lane's bit: what one butterfly inside a vector computes, with the reference's
+// rounding.
 inline HWY_ATTR VF butterfly(VF x, VF partner, uint32_t stride) {
   const DF df;
   const DU du;
@@ -89,8 +90,8 @@ inline HWY_ATTR VF butterfly(VF x, VF partner, uint32_t stride) {
   return hn::Add(hn::Xor(x, hn::BitCast(df, sign)), partner);
 }
 
-// x <- H x (unnormalised), size a power of two >= 16: the order of additions is hadamard_block's, so results are equal bit
-// for bit.
+// x <- H x (unnormalised), size a power of two >= 16: the order of additions is hadamard_block's, so results are equal
+// bit for bit.
 inline HWY_ATTR void hadamard_simd(float* HWY_RESTRICT x, int size) {
   const DF df;
   for (int i = 0; i < size; i += kLanes) {
@@ -130,8 +131,8 @@ inline HWY_ATTR void rotate_simd(float* x, int dim) {
   });
 }
 
-// The last 16 dimensions of a row with head_dim % 32 == 16 have their third bits in natural order: bring them into the order
-// of a full unit's word.
+// The last 16 dimensions of a row with head_dim % 32 == 16 have their third bits in natural order: bring them into the
+// order of a full unit's word.
 inline uint32_t full_unit_word(uint32_t natural) {
   uint32_t word = 0;
   for (int d = 0; d < 16; ++d) {

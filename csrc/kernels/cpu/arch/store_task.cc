@@ -1,7 +1,7 @@
 // store_task.cc - the CPU store and dequantize kernels, one token at a time.
 //
-// Encode follows codec/reference.cc's float arithmetic operation by operation, so that codes are equal bit for bit (away from
-// ties: the norm is summed in another order here).
+// Encode follows codec/reference.cc's float arithmetic operation by operation, so that codes are equal bit for bit
+// (away from ties: the norm is summed in another order here).
 #include "kernels/cpu/store_task.h"
 
 #include <algorithm>
@@ -59,7 +59,8 @@ void pack_row(int bits, const uint8_t* HWY_RESTRICT codes, int dim, uint8_t* HWY
   std::memcpy(high, bits_of_plane, static_cast<size_t>(dim) / 8);
 }
 
-HWY_ATTR void encode_lloyd_max(const PagedCache& cache, float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT codes, uint8_t* atom, int t) {
+HWY_ATTR void encode_lloyd_max(const PagedCache& cache, float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT codes,
+                               uint8_t* atom, int t) {
   const Codebook& book = *cache.codebook;
   const int dim = cache.layout.head_dim;
   const DF df;
@@ -86,13 +87,15 @@ HWY_ATTR void encode_lloyd_max(const PagedCache& cache, float* HWY_RESTRICT x, u
   }
   int64_t level_squares = 0;
   for (int i = 0; i < dim; ++i) level_squares += book.levels[codes[i]] * book.levels[codes[i]];
-  const float level_norm = std::sqrt(static_cast<float>(level_squares)) / (book.scale * std::sqrt(static_cast<float>(dim)));
+  const float level_norm =
+      std::sqrt(static_cast<float>(level_squares)) / (book.scale * std::sqrt(static_cast<float>(dim)));
   const uint16_t stored = float_to_fp16_saturating(norm / level_norm);
   std::memcpy(atom + cache.layout.key_norm_offset(t), &stored, sizeof(stored));
   pack_row(cache.layout.key_bits, codes, dim, atom + cache.layout.key_row_offset(t));
 }
 
-HWY_ATTR void encode_uniform(const PagedCache& cache, float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT codes, uint8_t* atom, int t) {
+HWY_ATTR void encode_uniform(const PagedCache& cache, float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT codes, uint8_t* atom,
+                             int t) {
   const PageLayout& layout = cache.layout;
   const int dim = layout.head_dim_v;
   const DF df;
@@ -122,7 +125,8 @@ HWY_ATTR void encode_uniform(const PagedCache& cache, float* HWY_RESTRICT x, uin
 }
 
 // x[dim] <- scale * table[code] + zero.
-void decode_codes(int bits, const uint8_t* row, int dim, const float* table, float scale, float zero, float* HWY_RESTRICT x) {
+void decode_codes(int bits, const uint8_t* row, int dim, const float* table, float scale, float zero,
+                  float* HWY_RESTRICT x) {
   for (int d = 0; d < dim; ++d) x[d] = table[unpack_code(row, bits, dim, d)] * scale + zero;
 }
 
@@ -225,7 +229,9 @@ HWY_EXPORT(DequantTaskImpl);
 
 void run_store_task(const StoreParams& params, int64_t token) { HWY_DYNAMIC_DISPATCH(StoreTaskImpl)(params, token); }
 
-void run_dequant_task(const DequantParams& params, int64_t token) { HWY_DYNAMIC_DISPATCH(DequantTaskImpl)(params, token); }
+void run_dequant_task(const DequantParams& params, int64_t token) {
+  HWY_DYNAMIC_DISPATCH(DequantTaskImpl)(params, token);
+}
 
 }  // namespace tq
 #endif

@@ -1,9 +1,9 @@
 // value_tile-inl.h - weighted sums of a chunk's compressed values.
 //
-// Four tokens' packed rows are interleaved byte by byte, so that a 32-bit lane holds the same byte of four tokens; masking out
-// one code then gives an operand for dot4 whose other side is the four tokens' weights. Rows that are shorter than a vector
-// share it: kParts groups of four tokens lie side by side, and their sums are added at the very end. Position
-// (operand, lane) of the accumulator belongs to dimension value_dim().
+// Four tokens' packed rows are interleaved byte by byte, so that a 32-bit lane holds the same byte of four tokens;
+// masking out one code then gives an operand for dot4 whose other side is the four tokens' weights. Rows that are
+// shorter than a vector share it: kParts groups of four tokens lie side by side, and their sums are added at the very
+// end. Position (operand, lane) of the accumulator belongs to dimension value_dim().
 #if defined(TQ_CPU_VALUE_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TQ_CPU_VALUE_TILE_INL_H_
 #undef TQ_CPU_VALUE_TILE_INL_H_
@@ -28,12 +28,12 @@ constexpr int kVectorBytes = 4 * kLanes;
 struct ValueShape {
   int bits;
   int dim;
-  int code_bytes;   // of a row's first plane: every byte of it holds codes_per_byte codes (their low bits)
+  int code_bytes;  // of a row's first plane: every byte of it holds codes_per_byte codes (their low bits)
   int codes_per_byte;
-  int part_bytes;   // of a vector for one group of four tokens
-  int parts;        // groups of four tokens in a vector
-  int vectors;      // interleaved vectors per parts * 4 tokens, before codes are taken apart
-  int operands;     // = vectors * codes_per_byte
+  int part_bytes;  // of a vector for one group of four tokens
+  int parts;       // groups of four tokens in a vector
+  int vectors;     // interleaved vectors per parts * 4 tokens, before codes are taken apart
+  int operands;    // = vectors * codes_per_byte
 };
 
 HWY_INLINE HWY_ATTR ValueShape value_shape(int bits, int dim) {
@@ -59,8 +59,8 @@ HWY_INLINE int value_dim(const ValueShape& v, int o, int l) {
   return d < v.dim ? d : -1;
 }
 
-// Third bits of 3-bit rows, moved to the places of the low plane's bytes: byte j gets its unit's byte j % 4, shifted so that
-// the bits of codes 0..3 of that byte are bits 0, 1, 4, 5. words: the row's second plane.
+// Third bits of 3-bit rows, moved to the places of the low plane's bytes: byte j gets its unit's byte j % 4, shifted so
+// that the bits of codes 0..3 of that byte are bits 0, 1, 4, 5. words: the row's second plane.
 HWY_INLINE HWY_ATTR void spread_high_plane(const uint8_t* plane, int dim, uint8_t* HWY_RESTRICT out) {
   for (int unit = 0; unit < (dim + 31) / 32; ++unit) {
     uint32_t word = 0;
@@ -99,12 +99,14 @@ HWY_ATTR void expand_values_4bit(const ValueShape& v, const uint8_t* rows, int s
   for (int n = 0; n < v.vectors; n += 4) {
     VU8 token[4];
     VU8 mixed[4];
-    for (int i = 0; i < 4; ++i) token[i] = load_side_by_side<kParts>(rows + i * stride + n / 4 * v.part_bytes, int64_t{4} * stride);
+    for (int i = 0; i < 4; ++i)
+      token[i] = load_side_by_side<kParts>(rows + i * stride + n / 4 * v.part_bytes, int64_t{4} * stride);
     interleave4(token, mixed);
     for (int i = 0; i < 4; ++i) {
       uint8_t* out = tile + (n + i) * 2 * kVectorBytes;
       hn::StoreU(hn::And(mixed[i], nibble), d8, out);
-      hn::StoreU(hn::And(hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, mixed[i]))), nibble), d8, out + kVectorBytes);
+      hn::StoreU(hn::And(hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, mixed[i]))), nibble), d8,
+                 out + kVectorBytes);
     }
   }
 }
@@ -123,9 +125,11 @@ HWY_ATTR void expand_values_3bit(const ValueShape& v, const uint8_t* rows, int s
     VU8 token[4];
     VU8 low[4];
     VU8 third[4];
-    for (int i = 0; i < 4; ++i) token[i] = load_side_by_side<kParts>(rows + i * stride + n / 4 * v.part_bytes, int64_t{4} * stride);
+    for (int i = 0; i < 4; ++i)
+      token[i] = load_side_by_side<kParts>(rows + i * stride + n / 4 * v.part_bytes, int64_t{4} * stride);
     interleave4(token, low);
-    for (int i = 0; i < 4; ++i) token[i] = load_side_by_side<kParts>(high + i * kPlane + n / 4 * v.part_bytes, 4 * kPlane);
+    for (int i = 0; i < 4; ++i)
+      token[i] = load_side_by_side<kParts>(high + i * kPlane + n / 4 * v.part_bytes, 4 * kPlane);
     interleave4(token, third);
     for (int i = 0; i < 4; ++i) {
       uint8_t* out = tile + (n + i) * 4 * kVectorBytes;
@@ -140,8 +144,9 @@ HWY_ATTR void expand_values_3bit(const ValueShape& v, const uint8_t* rows, int s
 // acc[r][operand][lane] += weight_scale[r] * sum over tokens of weight * code, for kRows rows and kOperands operands.
 // weights8: [rows][high, low][kChunkTokens].
 template <int kRows, int kOperands, int kParts>
-HWY_ATTR void weigh_codes(const ValueShape& v, const int8_t* HWY_RESTRICT weights8, const float* HWY_RESTRICT weight_scale,
-                          const uint8_t* HWY_RESTRICT tile, int tokens, int acc_stride, float* HWY_RESTRICT acc) {
+HWY_ATTR void weigh_codes(const ValueShape& v, const int8_t* HWY_RESTRICT weights8,
+                          const float* HWY_RESTRICT weight_scale, const uint8_t* HWY_RESTRICT tile, int tokens,
+                          int acc_stride, float* HWY_RESTRICT acc) {
   const DF df;
   const DI d32;
   const DU8 d8;
@@ -197,8 +202,8 @@ HWY_ATTR void weigh_floats(const float* HWY_RESTRICT weights, const float* HWY_R
   }
 }
 
-// Expands one atom's coded values into the chunk's tile (from token `first` on) and their scales and zeros. Tokens from valid
-// on count as zero: their bytes may be anything, and 0 * NaN is NaN.
+// Expands one atom's coded values into the chunk's tile (from token `first` on) and their scales and zeros. Tokens from
+// valid on count as zero: their bytes may be anything, and 0 * NaN is NaN.
 template <int kParts>
 HWY_ATTR void load_coded_values(const PagedCache& cache, const ValueShape& v, const uint8_t* atom, int first, int valid,
                                 const AttendScratch& s) {
@@ -232,8 +237,8 @@ template <int kRows, int kParts>
 HWY_ATTR void weigh_coded_rows(const ValueShape& v, const AttendScratch& s, int r, int tokens) {
   const uint8_t* tile = static_cast<const uint8_t*>(s.value_tile);
   for (int o = 0; o < v.operands; o += 2) {  // operands is a multiple of 8
-    weigh_codes<kRows, 2, kParts>(v, s.weights8 + 2 * r * kChunkTokens, s.weight_scale + r, tile + o * kVectorBytes, tokens,
-                                  s.acc_stride, s.acc + r * s.acc_stride + o * kLanes);
+    weigh_codes<kRows, 2, kParts>(v, s.weights8 + 2 * r * kChunkTokens, s.weight_scale + r, tile + o * kVectorBytes,
+                                  tokens, s.acc_stride, s.acc + r * s.acc_stride + o * kLanes);
   }
 }
 

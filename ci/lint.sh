@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Formatting, static checks and the include layering, with the tools of .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bin=.venv/bin
+mapfile -t sources < <(find csrc hip tests \( -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' \) -not -path 'tests/abi/headers/*' | LC_ALL=C sort)
+$bin/clang-format --dry-run -Werror "${sources[@]}"
+$bin/ruff check setup.py plugin ci tests
+$bin/ruff format --check setup.py plugin ci tests
+$bin/python ci/check_includes.py
+# clang-tidy reads build/compile_commands.json; SIMD files are left out, which Highway compiles once per instruction set.
+mapfile -t host < <(find csrc -name '*.cc' -not -path '*/arch/*' -not -path 'csrc/torch/*' -not -path 'csrc/python/*' | LC_ALL=C sort)
+printf '%s\n' "${host[@]}" | xargs -P "$(nproc)" -n 1 $bin/clang-tidy -p build --quiet
+echo "lint: clean"

