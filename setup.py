@@ -51,7 +51,9 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
         built = [kind for kind in KERNELS if (package / f"libtq_kernels_{kind}.so").exists()]
-        print(f"tq-backend: built kernel libraries: {', '.join(built)}; LibTorch ops: {'yes' if torch else 'no, torch not found'}")
+        print(
+            f"tq-backend: built kernel libraries: {', '.join(built)}; LibTorch ops: {'yes' if torch else 'no, torch not found'}"
+        )
         missing = set(os.environ.get("TQ_REQUIRE_KERNELS", "").split()) - set(built)
         if missing:
             raise RuntimeError(f"TQ_REQUIRE_KERNELS asks for {', '.join(sorted(missing))}, which was not built here")

@@ -1,6 +1,6 @@
 """The include layering: who may include or import whom. Arrows go one way; anything else fails.
 
-    check_includes.py [ROOT]
+check_includes.py [ROOT]
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def check_cpp(root: Path, file: Path) -> list[str]:
             continue  # a system header, or generated
         path = (root / target / header).resolve().relative_to(root.resolve()).as_posix()
         if folder_of(path) != folder and not path.startswith(ALLOWED[folder]):
-            problems.append(f'{name} includes "{header}": {folder} may include {", ".join(ALLOWED[folder]) or "nothing"}')
+            problems.append(
+                f'{name} includes "{header}": {folder} may include {", ".join(ALLOWED[folder]) or "nothing"}'
+            )
     if FOREIGN.search(text) and folder not in FOREIGN_ALLOWED:
         problems.append(f"{name} includes torch or Python; only {', '.join(FOREIGN_ALLOWED)} may")
     if "dlopen(" in text and not name.startswith(DLOPEN_ALLOWED):

@@ -37,7 +37,9 @@ def counters() -> dict[str, int]:
 class Engine:
     """kv_format: a turboquant_* name with every layer compressed, or None for vLLM's stock backend and native cache."""
 
-    def __init__(self, model: Path, kv_format: str | None, max_tokens: int, dtype: str = "bfloat16", **options: Any) -> None:
+    def __init__(
+        self, model: Path, kv_format: str | None, max_tokens: int, dtype: str = "bfloat16", **options: Any
+    ) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from vllm import LLM

@@ -20,7 +20,9 @@ def heldout_tokens(model: Path, count: int) -> list[int]:
     """The first `count` tokens of anyio's .py files in sorted order, each followed by token 0."""
     spec = importlib.util.find_spec("anyio")
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("the held-out text is the source of the package anyio, which is not installed (vLLM needs it too)")
+        raise RuntimeError(
+            "the held-out text is the source of the package anyio, which is not installed (vLLM needs it too)"
+        )
     root = Path(spec.submodule_search_locations[0])
     tokenizer = load_tokenizer(model)
     tokens: list[int] = []

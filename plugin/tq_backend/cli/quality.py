@@ -48,7 +48,9 @@ def compare(engine: Engine, base: torch.Tensor, hidden: torch.Tensor, targets: l
     return kl, nll
 
 
-def measure(engine: Engine, base: list[torch.Tensor], windows: list[list[int]], progress: tqdm) -> tuple[Quality, float]:
+def measure(
+    engine: Engine, base: list[torch.Tensor], windows: list[list[int]], progress: tqdm
+) -> tuple[Quality, float]:
     """Quality over all windows, and the KL of the first one alone over its positions but the last."""
     kl = nll = 0.0
     positions = targets = 0
@@ -69,10 +71,14 @@ def check_all_compressed(engine: Engine, before: dict[str, int], lengths: list[i
     want = engine.num_layers * sum(n * (n + 1) // 2 for n in lengths)
     got = counters()["compressed_kv_reads"] - before["compressed_kv_reads"]
     if got != want:
-        raise RuntimeError(f"the kernels read {got} compressed tokens where attention needed {want}: another kernel ran")
+        raise RuntimeError(
+            f"the kernels read {got} compressed tokens where attention needed {want}: another kernel ran"
+        )
 
 
-def evaluate(model: Path, formats: list[str], num_windows: int, window: int, decode: bool) -> tuple[list[Figure], list[str]]:
+def evaluate(
+    model: Path, formats: list[str], num_windows: int, window: int, decode: bool
+) -> tuple[list[Figure], list[str]]:
     """Figures, and a sentence for each that misses its bar."""
     text = heldout_tokens(model, num_windows * window)
     windows = [text[i * window : (i + 1) * window] for i in range(num_windows)]
@@ -97,9 +103,7 @@ def evaluate(model: Path, formats: list[str], num_windows: int, window: int, dec
             reference = REFERENCE_KL[name]
             bar = f"{reference} +-{KL_TOLERANCE:.0%}" if full else ""
             figures.append(Figure(f"mean KL(bf16 || {name})", quality.kl, "nat", bar, "stock vLLM, bf16 cache"))
-            figures.append(
-                Figure(f"perplexity, {name}", quality.perplexity, "1", "", f"bf16 {base_perplexity:.4f}")
-            )
+            figures.append(Figure(f"perplexity, {name}", quality.perplexity, "1", "", f"bf16 {base_perplexity:.4f}"))
             if full and abs(quality.kl / reference - 1) > KL_TOLERANCE:
                 misses.append(f"{name}: mean KL {quality.kl:.5f} is not within 10 % of {reference}")
             if decode:
@@ -109,8 +113,13 @@ def evaluate(model: Path, formats: list[str], num_windows: int, window: int, dec
                 check_all_compressed(engine, before, [len(tokens) - 1])
                 decode_kl = compare(engine, base[0][:-1], hidden, tokens[1:])[0] / len(hidden)
                 figures.append(
-                    Figure(f"mean KL through decode, {name}", decode_kl, "nat", f"prefill +-{DECODE_TOLERANCE:.0%}",
-                           f"prefill of the same window {first:.5f}")
+                    Figure(
+                        f"mean KL through decode, {name}",
+                        decode_kl,
+                        "nat",
+                        f"prefill +-{DECODE_TOLERANCE:.0%}",
+                        f"prefill of the same window {first:.5f}",
+                    )
                 )
                 if abs(decode_kl / first - 1) > DECODE_TOLERANCE:
                     misses.append(f"{name}: decode's KL {decode_kl:.5f} is not within 5 % of prefill's {first:.5f}")

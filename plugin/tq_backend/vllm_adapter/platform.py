@@ -19,7 +19,9 @@ logger = logging.getLogger("vllm.tq_backend")
 
 class TurboQuantCpuPlatform(CpuPlatform):
     @classmethod
-    def get_attn_backend_cls(cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
         dtype = attn_selector_config.kv_cache_dtype
         if dtype is None or not dtype.startswith("turboquant_"):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)

