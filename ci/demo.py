@@ -49,20 +49,21 @@ def retrieved(engine: Engine) -> int:
 
 
 def speed(engine: Engine) -> tuple[float, str]:
-    """Generated tokens per second of a batch of 8 at a context of 2k, and what the first sequence says."""
+    """Generated tokens per second of a batch of 8 at a context of 2k, and what the first sequence says.
+
+    The prompts run twice: the second time their prefill comes from the prefix cache, so that the time is the decode's.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=SPEED_TOKENS, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": heldout_tokens(MODEL, WINDOW + i)} for i in range(8)]
     once = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    began = time.perf_counter()
     engine.llm.generate(prompts, once, use_tqdm=False)
-    prefill = time.perf_counter() - began
     began = time.perf_counter()
     outputs = engine.llm.generate(prompts, params, use_tqdm=False)
-    decode = time.perf_counter() - began - prefill
+    elapsed = time.perf_counter() - began
     text = load_tokenizer(MODEL).decode(list(outputs[0].outputs[0].token_ids)[:40])
-    return 8 * (SPEED_TOKENS - 1) / decode, text
+    return 8 * SPEED_TOKENS / elapsed, text
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
     progress = tqdm(FORMATS, unit="cache")
     for name in progress:
         progress.set_description(name or "bf16")
-        engine = Engine(MODEL, name, CONTEXT)
+        engine = Engine(MODEL, name, CONTEXT, enable_prefix_caching=True)
         before = counters()
         hidden = engine.prefill(tokens)
         read = counters()["compressed_kv_reads"] - before["compressed_kv_reads"]
