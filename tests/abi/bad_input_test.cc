@@ -1,0 +1,192 @@
+// bad_input_test.cc - each wrong argument gives a code and one sentence that names it, and nothing is written.
+#include <functional>
+#include <limits>
+
+#include "abi_fixture.h"
+
+namespace tq::testing {
+namespace {
+
+class BadInput : public AbiTest {
+ protected:
+  // Spoils the valid calls, expects the code and words, and that a spoilt attend left its output alone.
+  void expect_attend(const std::string& words, const std::function<void()>& spoil, int code = TQ_INVALID_ARGUMENT) {
+    SetUpAgain();
+    spoil();
+    TqError error = make_error();
+    EXPECT_EQ(api().attend(backend, &attend, &error), code) << words;
+    EXPECT_NE(std::string(error.message).find(words), std::string::npos) << error.message;
+    EXPECT_EQ(error.code, code);
+    for (const float x : out) ASSERT_EQ(x, -7.0f) << words;
+  }
+
+  void expect_store(const std::string& words, const std::function<void()>& spoil, int code = TQ_INVALID_ARGUMENT) {
+    SetUpAgain();
+    spoil();
+    TqError error = make_error();
+    EXPECT_EQ(api().store_kv(backend, &store, &error), code) << words;
+    EXPECT_NE(std::string(error.message).find(words), std::string::npos) << error.message;
+    for (const uint8_t x : storage) ASSERT_EQ(x, 0) << words;
+  }
+
+  void SetUpAgain() {
+    api().destroy_backend(backend);
+    storage.clear();
+    slots.clear();
+    out.clear();
+    const int32_t fresh_starts[] = {0, 1, 3}, fresh_lens[] = {40, 7}, fresh_table[] = {0, 1, 2, 3};
+    std::memcpy(starts, fresh_starts, sizeof(starts));
+    std::memcpy(lens, fresh_lens, sizeof(lens));
+    std::memcpy(table, fresh_table, sizeof(table));
+    SetUp();
+  }
+};
+
+TEST_F(BadInput, Layer) {
+  expect_attend("layer is NULL", [&] { attend.layer = nullptr; });
+  expect_attend("layer.struct_size is 4", [&] { layer.struct_size = 4; });
+  expect_attend("format_id is 77", [&] { layer.format_id = 77; });
+  expect_attend("layer.head_dim is 24", [&] { layer.head_dim = 24; });
+  expect_attend("layer.head_dim is 0", [&] { layer.head_dim = 0; });
+  expect_attend("layer.head_dim is 528", [&] { layer.head_dim = 528; });
+  expect_attend("layer.head_dim_v is -16", [&] { layer.head_dim_v = -16; });
+  expect_attend("layer.num_heads is 3", [&] { layer.num_heads = 3; });
+  expect_attend("layer.num_kv_heads is 0", [&] { layer.num_kv_heads = 0; });
+  expect_attend("layer.dtype is 9", [&] { layer.dtype = 9; });
+  expect_attend("layer.sliding_window is -1", [&] { layer.sliding_window = -1; });
+  expect_attend("layer.soft_cap", [&] { layer.soft_cap = std::numeric_limits<float>::quiet_NaN(); });
+  expect_attend("layer.soft_cap", [&] { layer.soft_cap = -1; });
+  expect_attend("layer.attention_kind is 0", [&] { layer.attention_kind = 0; });
+  expect_attend("fp8 cache", [&] { layer.attention_kind = TQ_ATTENTION_MLA; }, TQ_UNIMPLEMENTED);
+  expect_attend("engine's own backend", [&] { layer.attention_kind = TQ_ATTENTION_CROSS; }, TQ_UNIMPLEMENTED);
+  expect_attend("engine's own backend", [&] { layer.attention_kind = TQ_ATTENTION_ENCODER; }, TQ_UNIMPLEMENTED);
+}
+
+TEST_F(BadInput, Pages) {
+  expect_store("pages is NULL", [&] { store.pages = nullptr; });
+  expect_store("pages.data is NULL", [&] { pages.data = nullptr; });
+  expect_store("pages.data is not aligned", [&] { pages.data = static_cast<uint8_t*>(pages.data) + 8; });
+  expect_store("layer's format, turboquant_4bit_nc", [&] { pages.format_id = TQ_FORMAT_TURBOQUANT_K8V4; });
+  expect_store("pages.block_size is 20", [&] { pages.block_size = 20; });
+  expect_store("pages.block_size is 0", [&] { pages.block_size = 0; });
+  expect_store("pages.num_blocks is 0", [&] { pages.num_blocks = 0; });
+  expect_store("pages.num_blocks is", [&] { pages.num_blocks = std::numeric_limits<int64_t>::max(); });
+  expect_store("pages.block_stride_bytes", [&] { pages.block_stride_bytes = page_bytes - 16; });
+  expect_store("pages.block_stride_bytes", [&] { pages.block_stride_bytes = page_bytes + 8; });
+}
+
+TEST_F(BadInput, Store) {
+  expect_store("args.struct_size is 8", [&] { store.struct_size = 8; });
+  expect_store("num_tokens is -1", [&] { store.num_tokens = -1; });
+  expect_store("key is NULL", [&] { store.key = nullptr; });
+  expect_store("value is NULL", [&] { store.value = nullptr; });
+  expect_store("slot_mapping is NULL", [&] { store.slot_mapping = nullptr; });
+  expect_store("slot_mapping[3] is -2", [&] { slots[3] = -2; });
+  expect_store("slot_mapping[5] is 192", [&] { slots[5] = int64_t{kBlocks} * kBlock; });
+  expect_store("key_head_stride is 32", [&] { store.key_head_stride = 32; });
+  expect_store("value_token_stride is 0", [&] { store.value_token_stride = 0; });
+}
+
+TEST_F(BadInput, Attend) {
+  expect_attend("num_seqs is -1", [&] { attend.num_seqs = -1; });
+  expect_attend("num_tokens is -1", [&] { attend.num_tokens = -1; });
+  expect_attend("query is NULL", [&] { attend.query = nullptr; });
+  expect_attend("out is NULL", [&] { attend.out = nullptr; });
+  expect_attend("query_start_loc is NULL", [&] { attend.query_start_loc = nullptr; });
+  expect_attend("seq_lens is NULL", [&] { attend.seq_lens = nullptr; });
+  expect_attend("block_table is NULL", [&] { attend.block_table = nullptr; });
+  expect_attend("query_start_loc[0] is 1", [&] { starts[0] = 1; });
+  expect_attend("query_start_loc[2] is 0", [&] { starts[2] = 0; });
+  expect_attend("it must be at most num_tokens, 3", [&] { starts[2] = 4; });
+  expect_attend("seq_lens[1] is 1", [&] { lens[1] = 1; });
+  expect_attend("its block table holds 64 tokens", [&] { lens[0] = 65; });
+  expect_attend("holds block 6 at entry 1", [&] { table[1] = kBlocks; });
+  expect_attend("holds block -1 at entry 0", [&] { table[2] = -1; });
+  expect_attend("block_table_stride is 1", [&] { attend.block_table_stride = 1; });
+  expect_attend("scale is", [&] { attend.scale = std::numeric_limits<float>::infinity(); });
+  expect_attend("causal is 2", [&] { attend.causal = 2; });
+  expect_attend("workspace_bytes is 100", [&] { attend.workspace_bytes = 100; });
+  expect_attend("workspace is not aligned", [&] { attend.workspace = static_cast<uint8_t*>(attend.workspace) + 4; });
+  expect_attend("workspace is NULL", [&] { attend.workspace = nullptr; });
+  expect_attend("query_head_stride is 3", [&] { attend.query_head_stride = 3; });
+}
+
+TEST_F(BadInput, DequantAndCopy) {
+  TqDequantKvArgs args = {};
+  args.struct_size = sizeof(args);
+  args.layer = &layer;
+  args.pages = &pages;
+  args.block_table = table;
+  args.max_blocks = 2;
+  args.num_tokens = 64;
+  TqError error = make_error();
+  EXPECT_EQ(api().dequant_kv(backend, &args, &error), TQ_OK) << error.message;
+  args.first_token = 1;
+  EXPECT_EQ(api().dequant_kv(backend, &args, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_STREQ(error.message, "first_token + num_tokens is 1 + 64; the block table holds 64 tokens");
+  args.first_token = std::numeric_limits<int64_t>::max();
+  EXPECT_EQ(api().dequant_kv(backend, &args, &error), TQ_INVALID_ARGUMENT);
+  const int64_t pairs[] = {0, kBlocks};
+  TqCopyPagesArgs copy = {};
+  copy.struct_size = sizeof(copy);
+  copy.layer = &layer;
+  copy.pages = &pages;
+  copy.src_dst = pairs;
+  copy.num_pairs = 1;
+  EXPECT_EQ(api().copy_pages(backend, &copy, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_STREQ(error.message, "src_dst[0][1] is block 6; blocks go from 0 to 5");
+}
+
+TEST_F(BadInput, HostFunctions) {
+  TqError error = make_error();
+  TqFormatInfo info = {};
+  info.struct_size = sizeof(info);
+  EXPECT_EQ(api().format_by_name("turboquant_4bit", &info, &error), TQ_NOT_FOUND);
+  EXPECT_NE(std::string(error.message).find("did you mean 'turboquant_4bit_nc'"), std::string::npos) << error.message;
+  EXPECT_EQ(api().format_by_name(nullptr, &info, &error), TQ_INVALID_ARGUMENT);
+  float x[16] = {};
+  EXPECT_EQ(api().fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, 1, 17, 1, x, x, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_EQ(api().fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, 1, 16, -1, x, x, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_EQ(api().fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, 1, 16, 1, nullptr, x, &error), TQ_INVALID_ARGUMENT);
+  TqCodebook book = {};
+  book.struct_size = sizeof(book);
+  EXPECT_EQ(api().codebook(TQ_FORMAT_TURBOQUANT_K8V4, &book, &error), TQ_NOT_FOUND);
+  EXPECT_EQ(api().query_caps(nullptr, nullptr, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_EQ(api().store_kv(nullptr, &store, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_EQ(api().attend(nullptr, &attend, nullptr), TQ_INVALID_ARGUMENT) << "no error struct, no crash";
+  EXPECT_EQ(tq_get_api(2, &error), nullptr);
+  EXPECT_NE(std::string(error.message).find("major is 2"), std::string::npos);
+}
+
+TEST_F(BadInput, ShortErrorStructIsNotOverrun) {
+  struct {
+    TqError error;
+    char canary[8];
+  } box = {};
+  box.error.struct_size = offsetof(TqError, message) + 12;
+  std::memset(box.error.message, 'x', sizeof(box.error.message));
+  attend.causal = 3;
+  EXPECT_EQ(api().attend(backend, &attend, &box.error), TQ_INVALID_ARGUMENT);
+  EXPECT_EQ(std::string(box.error.message), "causal is 3");
+  EXPECT_EQ(box.error.message[12], 'x');
+}
+
+TEST_F(BadInput, CheckLayerNamesEachUnmetNeed) {
+  uint64_t unmet = 1;
+  ASSERT_EQ(api().check_layer(backend, &layer, &unmet, nullptr), TQ_OK);
+  EXPECT_EQ(unmet, 0u);
+  layer.attention_kind = TQ_ATTENTION_MLA;
+  layer.head_dim = 576;
+  ASSERT_EQ(api().check_layer(backend, &layer, &unmet, nullptr), TQ_OK);
+  std::string words;
+  for (int bit = 0; bit < 64; ++bit) {
+    if ((unmet >> bit & 1) != 0) words += api().unmet_reason(bit);
+  }
+  EXPECT_NE(words.find("MLA"), std::string::npos);
+  EXPECT_NE(words.find("head dimension"), std::string::npos);
+  EXPECT_EQ(api().unmet_reason(63), nullptr);
+  EXPECT_EQ(api().unmet_reason(-1), nullptr);
+}
+
+}  // namespace
+}  // namespace tq::testing

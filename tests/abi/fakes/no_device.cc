@@ -1,0 +1,15 @@
+// no_device.cc - a kernel library whose device is missing on this machine.
+#include "build_id.h"
+#include "kernels/kernels.h"
+
+extern "C" __attribute__((visibility("default"))) const tq::KernelApi* tq_kernels_get_api() {
+  static const tq::KernelApi api = [] {
+    tq::KernelApi a = {};
+    a.struct_size = sizeof(a);
+    a.build_id = tq::kBuildId;
+    a.device_kind = 2;
+    a.probe = [] { return tq::KernelStatus{14, "no CUDA device: the driver library libcuda.so.1 is not installed"}; };
+    return a;
+  }();
+  return &api;
+}

@@ -1,0 +1,340 @@
+/* tq_backend.h - the public C ABI of tq-backend: TurboQuant KV caches for any inference engine.
+ *
+ * C11, self-contained, append-only. A foreign engine needs this header and libtq_backend.so, nothing else.
+ *
+ * Rules (after the PJRT C API and ONNX Runtime):
+ *  - Two symbols are exported, tq_abi_version() and tq_get_api(); they never change.
+ *  - Every struct begins with struct_size, set by the caller to the sizeof it was compiled with. Fields are only ever
+ *    appended. The library reads no field that lies beyond the caller's struct_size and takes zero for it.
+ *  - No C++ type, exception or allocation crosses the boundary. The caller owns all memory.
+ *  - Functions return a TqCode; with a non-zero code *error (if not NULL) holds one sentence that names the argument,
+ *    what came and what is allowed. Nothing has been written to any other output then.
+ *  - Kernels are enqueued on the caller's stream (NULL on a CPU, where a call returns when the work is done).
+ *  - A backend is immutable after create_backend and may be used from several threads at once.
+ *
+ * Source of the method: TurboQuant, arXiv 2504.19874; bytes per token and math of the presets follow vLLM 0.32
+ * (vllm/model_executor/layers/quantization/turboquant and v1/attention/ops/triton_turboquant_store.py).
+ */
+#ifndef TQ_BACKEND_H_
+#define TQ_BACKEND_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TQ_ABI_MAJOR 1
+#define TQ_ABI_MINOR 0
+
+/* Status codes: the numbers of absl::StatusCode. */
+typedef enum TqCode {
+  TQ_OK = 0,
+  TQ_INVALID_ARGUMENT = 3,
+  TQ_NOT_FOUND = 5,
+  TQ_RESOURCE_EXHAUSTED = 8,
+  TQ_FAILED_PRECONDITION = 9,
+  TQ_UNIMPLEMENTED = 12,
+  TQ_INTERNAL = 13,
+  TQ_UNAVAILABLE = 14
+} TqCode;
+
+typedef struct TqError {
+  uint32_t struct_size;
+  int32_t code;      /* TqCode */
+  char message[512]; /* one sentence, zero-terminated */
+} TqError;
+
+typedef enum TqDtype { TQ_DTYPE_F32 = 1, TQ_DTYPE_F16 = 2, TQ_DTYPE_BF16 = 3 } TqDtype;
+
+typedef enum TqDeviceKind { TQ_DEVICE_CPU = 1, TQ_DEVICE_CUDA = 2, TQ_DEVICE_HIP = 3 } TqDeviceKind;
+
+/* Page formats. An id changes whenever the bytes of a page do (low byte: revision of the page layout), so it belongs in
+ * every key of a prefix cache or a KV transfer. */
+typedef enum TqFormatId {
+  TQ_FORMAT_TURBOQUANT_K8V4 = 0x0101,    /* FP8 e4m3 keys, 4-bit uniform values */
+  TQ_FORMAT_TURBOQUANT_4BIT_NC = 0x0201, /* 4-bit Lloyd-Max keys, 4-bit uniform values */
+  TQ_FORMAT_TURBOQUANT_K3V4_NC = 0x0301, /* 3-bit Lloyd-Max keys, 4-bit uniform values */
+  TQ_FORMAT_TURBOQUANT_3BIT_NC = 0x0401, /* 3-bit Lloyd-Max keys, 3-bit uniform values */
+  TQ_FORMAT_RAW_F32 = 0x7f01             /* test only: floats in the same pages on the same path */
+} TqFormatId;
+
+typedef enum TqAttentionKind {
+  TQ_ATTENTION_DECODER = 1, /* causal self-attention over paged K and V: the one kind that is served */
+  TQ_ATTENTION_ENCODER = 2,
+  TQ_ATTENTION_CROSS = 3,
+  TQ_ATTENTION_MLA = 4
+} TqAttentionKind;
+
+typedef struct TqFormatInfo {
+  uint32_t struct_size;
+  uint32_t format_id;
+  char name[32]; /* vLLM's kv_cache_dtype name */
+  int32_t key_bits;
+  int32_t value_bits;
+  int32_t test_only;
+} TqFormatInfo;
+
+/* The codebook of Lloyd-Max keys: level i decodes to levels[i] / scale in units of the rotated key's standard
+ * deviation, and midpoints are the decision thresholds in the same unit (a value equal to a midpoint goes up). */
+typedef struct TqCodebook {
+  uint32_t struct_size;
+  int32_t bits;
+  int32_t num_levels;
+  float scale;
+  int32_t levels[16];
+  float midpoints[15];
+} TqCodebook;
+
+/* One attention layer, as far as its KV cache and its attention math go. */
+typedef struct TqLayerDesc {
+  uint32_t struct_size;
+  uint32_t format_id;        /* TqFormatId */
+  int32_t num_heads;         /* query heads; a multiple of num_kv_heads */
+  int32_t num_kv_heads;      /* >= 1 */
+  int32_t head_dim;          /* of Q and K: a multiple of 16 in [16, 512] */
+  int32_t head_dim_v;        /* of V and the output: same range; 0 means head_dim */
+  int32_t dtype;             /* TqDtype of Q, K, V and the output */
+  int32_t attention_kind;    /* TqAttentionKind */
+  int32_t sliding_window;    /* a query at position i sees positions (i - sliding_window, i]; 0: no window */
+  float soft_cap;            /* scores become soft_cap * tanh(score / soft_cap); 0: none */
+  int32_t kv_sharing_target; /* index of the layer whose pages this one reads, or -1 */
+} TqLayerDesc;
+
+typedef struct TqKvCacheSpec {
+  uint32_t struct_size;
+  uint32_t format_id;
+  int32_t slot_bytes;          /* of one token and one KV head */
+  int32_t block_size_multiple; /* tokens per page must be a multiple of this */
+  int32_t alignment;           /* of a page's address and of the block stride, bytes */
+  int32_t reserved;
+  int64_t bytes_per_token; /* slot_bytes * num_kv_heads */
+} TqKvCacheSpec;
+
+typedef struct TqPagePlan { /* of one layer */
+  uint32_t struct_size;
+  int32_t group;      /* layers of one group have pages of one size */
+  int32_t block_size; /* tokens per page */
+  int32_t reserved;
+  int64_t page_bytes;    /* 0 for a layer that reads another layer's pages */
+  int64_t padding_bytes; /* of page_bytes, unused */
+} TqPagePlan;
+
+typedef struct TqPlanRequest {
+  uint32_t struct_size;
+  int32_t block_size; /* tokens per page, a multiple of 16 */
+  const TqLayerDesc* layers;
+  int64_t num_layers;
+  int64_t memory_bytes; /* for all pages of all layers */
+} TqPlanRequest;
+
+typedef struct TqPlanSummary {
+  uint32_t struct_size;
+  int32_t num_groups;
+  int64_t bytes_per_block; /* one page of every layer */
+  int64_t num_blocks;      /* that fit in memory_bytes */
+  int64_t kv_tokens;       /* num_blocks * block_size */
+} TqPlanSummary;
+
+/* A caller's thread pool: run(context, n, task, arg) calls task(arg, i) once for each i in [0, n), on up to
+ * num_threads threads, and returns when all are done. */
+typedef struct TqParallelFor {
+  uint32_t struct_size;
+  int32_t num_threads;
+  void* context;
+  void (*run)(void* context, int64_t num_tasks, void (*task)(void* arg, int64_t index), void* arg);
+} TqParallelFor;
+
+typedef struct TqBackendOptions {
+  uint32_t struct_size;
+  int32_t device_kind; /* TqDeviceKind */
+  int32_t device_index;
+  int32_t reserved;
+  const char* kernels_dir;           /* folder of libtq_kernels_*.so; NULL: $TQ_KERNELS_DIR, else this library's own */
+  const TqParallelFor* parallel_for; /* CPU only; NULL: a pool of the library's own, one thread per usable core */
+} TqBackendOptions;
+
+typedef struct TqBackend TqBackend; /* opaque */
+
+typedef struct TqCaps {
+  uint32_t struct_size;
+  int32_t device_kind;
+  char library[256];    /* path of the kernel library */
+  char build_id[64];    /* of the kernel library; equals the one of libtq_backend.so */
+  char device_name[64]; /* for a CPU: the instruction set that the dispatcher chose */
+} TqCaps;
+
+/* What a kernel library is, found or not: one row per kind, whether or not it can be used here. */
+typedef struct TqLibraryInfo {
+  uint32_t struct_size;
+  int32_t device_kind;
+  int32_t usable; /* 1: create_backend would succeed */
+  int32_t reserved;
+  char path[256];    /* where it is, or was looked for */
+  char build_id[64]; /* empty if it could not be opened */
+  char reason[256];  /* one sentence: why it is usable or not */
+} TqLibraryInfo;
+
+/* Monotonic counts of what one backend has done since it was created. */
+typedef struct TqCounters {
+  uint32_t struct_size;
+  uint32_t reserved;
+  uint64_t store_calls;
+  uint64_t stored_tokens; /* per call: slots >= 0 */
+  uint64_t attend_calls;
+  uint64_t query_tokens;        /* that attend was asked for */
+  uint64_t compressed_kv_reads; /* sum over query tokens of the KV tokens it attended, each read from a page */
+} TqCounters;
+
+/* The paged cache of one layer. A page holds block_size tokens of all KV heads: page_bytes = slot_bytes * num_kv_heads
+ * * block_size, contiguous; page b starts at data + b * block_stride_bytes. Inside, the order is csrc/layout's. */
+typedef struct TqPages {
+  uint32_t struct_size;
+  uint32_t format_id; /* that the pages were written with; must equal the layer's */
+  void* data;         /* aligned to TqKvCacheSpec.alignment */
+  int64_t num_blocks;
+  int64_t block_stride_bytes; /* >= page_bytes, a multiple of TqKvCacheSpec.alignment */
+  int32_t block_size;
+  int32_t reserved;
+} TqPages;
+
+/* Compress num_tokens keys and values into pages. key: [num_tokens, num_kv_heads, head_dim], value: [..., head_dim_v],
+ * dtype of the layer, innermost dimension contiguous, strides in elements. slot_mapping: [num_tokens], slot = block *
+ * block_size + offset; -1 (padding) is skipped, anything else out of range is an error. NaN is stored as 0; norms,
+ * scales and zero points saturate at the largest finite fp16. */
+typedef struct TqStoreKvArgs {
+  uint32_t struct_size;
+  uint32_t reserved;
+  const TqLayerDesc* layer;
+  const TqPages* pages;
+  int64_t num_tokens;
+  const void* key;
+  int64_t key_token_stride;
+  int64_t key_head_stride;
+  const void* value;
+  int64_t value_token_stride;
+  int64_t value_head_stride;
+  const int64_t* slot_mapping;
+  void* stream;
+} TqStoreKvArgs;
+
+/* Attention of num_seqs ragged sequences over pages: decode, multi-token verify and chunked prefill are one operation
+ * at different query lengths. Sequence s owns query rows [query_start_loc[s], query_start_loc[s+1]), which are the last
+ * ones of its seq_lens[s] tokens; all seq_lens[s] tokens, the current ones too, are read from pages. score = scale *
+ * q.k, then the soft cap, then ALiBi (slope * (j - i)), then causal and window masks; a sink adds exp(sinks[h]) to the
+ * denominator. A row that sees nothing gives zeros and LSE = -inf. */
+typedef struct TqAttendArgs {
+  uint32_t struct_size;
+  int32_t num_seqs;
+  const TqLayerDesc* layer;
+  const TqPages* pages;
+  int64_t num_tokens; /* rows of query and out; >= query_start_loc[num_seqs] (rows beyond it are left alone) */
+  const void* query;  /* [num_tokens, num_heads, head_dim], strides in elements */
+  int64_t query_token_stride;
+  int64_t query_head_stride;
+  void* out; /* [num_tokens, num_heads, head_dim_v] */
+  int64_t out_token_stride;
+  int64_t out_head_stride;
+  const int32_t* query_start_loc; /* [num_seqs + 1], ascending from 0 */
+  const int32_t* seq_lens;        /* [num_seqs], >= the sequence's query length */
+  const int32_t* block_table;     /* [num_seqs, max_blocks_per_seq], row stride in elements */
+  int64_t block_table_stride;
+  int32_t max_blocks_per_seq;
+  float scale;
+  int32_t causal; /* 1: position i sees j <= i; 0: every query sees the whole sequence (within its window) */
+  int32_t reserved;
+  const float* sinks;        /* [num_heads] or NULL */
+  const float* alibi_slopes; /* [num_heads] or NULL */
+  float* lse;                /* [num_tokens, num_heads] contiguous or NULL: natural log of the softmax denominator */
+  void* workspace;           /* aligned to 64 bytes */
+  uint64_t workspace_bytes;  /* >= workspace_size() */
+  void* stream;
+} TqAttendArgs;
+
+/* Decode tokens [first_token, first_token + num_tokens) of one sequence. key_out: [num_tokens, num_kv_heads, head_dim]
+ * or NULL, value_out likewise, contiguous, dtype of the layer. Keys come back unrotated unless keep_rotated is 1. */
+typedef struct TqDequantKvArgs {
+  uint32_t struct_size;
+  int32_t keep_rotated;
+  const TqLayerDesc* layer;
+  const TqPages* pages;
+  const int32_t* block_table; /* [max_blocks] of this sequence */
+  int32_t max_blocks;
+  int32_t reserved;
+  int64_t first_token;
+  int64_t num_tokens;
+  void* key_out;
+  void* value_out;
+  void* stream;
+} TqDequantKvArgs;
+
+typedef struct TqCopyPagesArgs {
+  uint32_t struct_size;
+  uint32_t reserved;
+  const TqLayerDesc* layer;
+  const TqPages* pages;
+  const int64_t* src_dst; /* [num_pairs, 2] block numbers */
+  int64_t num_pairs;
+  void* stream;
+} TqCopyPagesArgs;
+
+typedef struct TqApi {
+  uint32_t struct_size;
+  int32_t major;
+  int32_t minor;
+  uint32_t reserved;
+
+  /* Identity of libtq_backend.so; zero-terminated, static. */
+  const char* (*build_id)(void);
+
+  /* Formats. list_formats: *count holds the capacity of out on entry and the number of formats on return; out may be
+   * NULL. format_by_name: an unknown name gives TQ_NOT_FOUND and names the nearest. */
+  int32_t (*list_formats)(TqFormatInfo* out, int64_t* count, TqError* error);
+  int32_t (*format_by_name)(const char* name, TqFormatInfo* out, TqError* error);
+  int32_t (*codebook)(uint32_t format_id, TqCodebook* out, TqError* error);
+
+  /* Host reference codec: what a stored vector reads back as. in, out: [num_rows, head_dim] float, contiguous. is_key:
+   * 1 for the key codec (keys come back unrotated), 0 for the value codec. */
+  int32_t (*fake_quantize)(uint32_t format_id, int32_t is_key, int32_t head_dim, int64_t num_rows, const float* in,
+                           float* out, TqError* error);
+
+  /* Planner: host arithmetic, no device. plan_pages fills one TqPagePlan per layer; *count is capacity in, number out.
+   */
+  int32_t (*kv_cache_spec)(const TqLayerDesc* layer, TqKvCacheSpec* out, TqError* error);
+  int32_t (*plan_pages)(const TqPlanRequest* request, TqPagePlan* out, int64_t* count, TqPlanSummary* summary,
+                        TqError* error);
+
+  /* Backends. list_libraries: one row per kernel library kind, same count convention; never fails on a missing library.
+   */
+  int32_t (*list_libraries)(const char* kernels_dir, TqLibraryInfo* out, int64_t* count, TqError* error);
+  int32_t (*create_backend)(const TqBackendOptions* options, TqBackend** out, TqError* error);
+  void (*destroy_backend)(TqBackend* backend);
+  int32_t (*query_caps)(const TqBackend* backend, TqCaps* out, TqError* error);
+  int32_t (*query_counters)(const TqBackend* backend, TqCounters* out, TqError* error);
+
+  /* *unmet: bit mask of what this backend cannot do for the layer, 0 if all is served. unmet_reason gives a static
+   * sentence for one bit, NULL for a bit that does not exist. */
+  int32_t (*check_layer)(const TqBackend* backend, const TqLayerDesc* layer, uint64_t* unmet, TqError* error);
+  const char* (*unmet_reason)(int32_t bit);
+
+  /* Bytes that attend needs for any call with at most num_tokens query tokens in at most num_seqs sequences. */
+  int32_t (*workspace_size)(const TqBackend* backend, const TqLayerDesc* layer, int64_t num_tokens, int64_t num_seqs,
+                            uint64_t* bytes, TqError* error);
+  int32_t (*store_kv)(TqBackend* backend, const TqStoreKvArgs* args, TqError* error);
+  int32_t (*attend)(TqBackend* backend, const TqAttendArgs* args, TqError* error);
+  int32_t (*dequant_kv)(TqBackend* backend, const TqDequantKvArgs* args, TqError* error);
+  int32_t (*copy_pages)(TqBackend* backend, const TqCopyPagesArgs* args, TqError* error);
+} TqApi;
+
+/* (TQ_ABI_MAJOR << 16) | TQ_ABI_MINOR of the library. */
+uint32_t tq_abi_version(void);
+
+/* The function table of the given major version, or NULL with *error set when this library does not serve it. */
+const TqApi* tq_get_api(uint32_t major, TqError* error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* TQ_BACKEND_H_ */

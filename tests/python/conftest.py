@@ -1,0 +1,14 @@
+"""Paths that several tests need."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def build_dir() -> Path:
+    """CMake's build folder: TQ_BUILD_DIR, else build/."""
+    return Path(os.environ.get("TQ_BUILD_DIR") or ROOT / "build")
