@@ -22,8 +22,8 @@ ALLOWED = {
     "csrc/python": ("csrc/include",),
     "csrc/check": ("csrc/include",),
 }
-INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
-FOREIGN = re.compile(r"^\s*#\s*include\s+[<\"](torch/|pybind11/|Python\.h)", re.M)
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^">]+)[">]', re.M)
+FOREIGN = re.compile(r"^\s*#\s*include\s*[<\"](torch/|pybind11/|Python\.h)", re.M)
 FOREIGN_ALLOWED = ("csrc/torch", "csrc/python")
 DLOPEN_ALLOWED = ("csrc/abi/loader.cc", "csrc/check/")
 INTRINSIC = re.compile(r"\b(_mm\d*_\w+|asm\s*(volatile\s*)?\()")
@@ -42,10 +42,11 @@ def check_cpp(root: Path, file: Path) -> list[str]:
     problems = []
     folder = folder_of(name)
     for header in INCLUDE.findall(text):
-        target = next((d for d in ("csrc", "csrc/include", ".") if (root / d / header).exists()), None)
-        if folder is None or target is None:
+        bases = (file.parent, root / "csrc", root / "csrc/include", root)
+        found = next((base / header for base in bases if (base / header).is_file()), None)
+        if folder is None or found is None:
             continue  # a system header, or generated
-        path = (root / target / header).resolve().relative_to(root.resolve()).as_posix()
+        path = found.resolve().relative_to(root.resolve()).as_posix()
         if folder_of(path) != folder and not path.startswith(ALLOWED[folder]):
             problems.append(
                 f'{name} includes "{header}": {folder} may include {", ".join(ALLOWED[folder]) or "nothing"}'

@@ -44,9 +44,12 @@ if ! fresh engine "$engine"; then
   stamp engine "$engine"
 fi
 
-sources=$(find CMakeLists.txt setup.py pyproject.toml csrc hip plugin -type f ! -name '*.pyc' ! -name '*.so' | LC_ALL=C sort | xargs sha256sum | sha256sum)
-if ! fresh package "$sources"; then
+# What a build writes beside the sources (.pyc, .so, egg-info) is no input: with it every second run would build again.
+inputs=(CMakeLists.txt setup.py pyproject.toml README.md csrc plugin)
+sources=$(find "${inputs[@]}" -type f ! -name '*.pyc' ! -name '*.so' ! -path '*.egg-info/*' | LC_ALL=C sort | xargs sha256sum | sha256sum)
+if ! fresh package "$sources" || [ ! -f build/CMakeCache.txt ]; then
   stage "build and install tq-backend"
+  rm -rf build/lib.* build/bdist.*  # setuptools would put modules that are gone into the wheel again
   TQ_BUILD_DIR="$PWD/build" TQ_BUILD_TESTS=${TQ_BUILD_TESTS:-OFF} TQ_REQUIRE_KERNELS=${TQ_REQUIRE_KERNELS:-cpu} \
     PATH="$PWD/.venv/bin:$PATH" "${pip[@]}" -v --no-build-isolation --no-deps --force-reinstall .
   stamp package "$sources"

@@ -27,7 +27,10 @@ def test_plan_counts_tokens():
     ("args", "words"),
     [
         (["--config", "/nonexistent", "--memory", "1GiB"], "cannot be read"),
-        (["--config", str(MODEL), "--memory", "1GiB", "--format", "turboquant_4bit"], "did you mean 'turboquant_4bit_nc'"),
+        (
+            ["--config", str(MODEL), "--memory", "1GiB", "--format", "turboquant_4bit"],
+            "did you mean 'turboquant_4bit_nc'",
+        ),
         (["--config", str(MODEL), "--memory", "1GiB", "--block-size", "20"], "block_size is 20"),
         (["--config", str(MODEL), "--memory", "lots"], "is not a memory size"),
     ],

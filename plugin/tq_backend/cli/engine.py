@@ -45,11 +45,9 @@ class Engine:
         from vllm import LLM
 
         if kv_format is not None:
-            options |= {
-                "attention_backend": "TURBOQUANT",
-                "kv_cache_dtype": kv_format,
-                "additional_config": {"turboquant": {"skip_layers": []}},
-            }
+            compress_all = {"turboquant": {"skip_layers": []}}
+            options = {"additional_config": compress_all} | options
+            options |= {"attention_backend": "TURBOQUANT", "kv_cache_dtype": kv_format}
         self.llm = LLM(
             model=str(model),
             dtype=dtype,

@@ -1,0 +1,70 @@
+"""Writes the figures of README.md from tests/bench/results/*.json, so that none is typed by hand.
+
+readme_figures.py [--check]      with --check: changes nothing, exit code 1 if README.md is out of date
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.S)
+FIELDS = ("figure", "value", "unit", "bar", "baseline", "machine", "date", "command")
+
+
+def cell(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
+
+
+def table(file: Path) -> str:
+    """One results file as a table under the command that wrote it. Raises ValueError for an entry of another form."""
+    rows = json.loads(file.read_text())
+    for row in rows:
+        if set(row) != set(FIELDS):
+            raise ValueError(f"{file.name}: an entry has the keys {sorted(row)}; it must have {sorted(FIELDS)}")
+    lines = []
+    for command, machine, date in dict.fromkeys((row["command"], row["machine"], row["date"]) for row in rows):
+        lines += [
+            "",
+            f"`{command}` on {machine}, {date}:",
+            "",
+            "| figure | value | to reach | against |",
+            "|---|---|---|---|",
+        ]
+        for row in rows:
+            if (row["command"], row["machine"], row["date"]) == (command, machine, date):
+                unit = "" if row["unit"] == "1" else f" {row['unit']}"
+                lines.append(
+                    f"| {cell(row['figure'])} | {cell(row['value'])}{unit} | {cell(row['bar'])} | {cell(row['baseline'])} |"
+                )
+    return "\n".join(lines[1:])
+
+
+def rewritten(readme: str, results: Path) -> str:
+    """README's text with its figures replaced. Raises ValueError if the markers are not there once."""
+    tables = [table(file) for file in sorted(results.glob("*.json"))]
+    text = "\n\n".join(tables) or "Not measured yet."
+    new, count = BLOCK.subn(lambda match: f"{match[1]}{text}\n{match[2]}", readme)
+    if count != 1:
+        raise ValueError(f"README.md has {count} blocks of figures between the markers; it must have one")
+    return new
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = rewritten(old, ROOT / "tests" / "bench" / "results")
+    if sys.argv[1:] == ["--check"]:
+        if new != old:
+            print("README.md is out of date with tests/bench/results; run ci/readme_figures.py", file=sys.stderr)
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

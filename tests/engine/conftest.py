@@ -1,0 +1,95 @@
+"""Real vLLM engines in this process, one after another, and two test-only caches for comparison."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tq_backend._library import native
+from tq_backend.cli.engine import Engine
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "models" / "tiny-code-lm"
+CONTEXT = 1024
+
+
+@pytest.fixture(scope="session")
+def build_dir() -> Path:
+    return Path(os.environ.get("TQ_BUILD_DIR") or ROOT / "build")
+
+
+@contextmanager
+def running(kv_format: str | None, **options) -> Iterator[Engine]:
+    engine = Engine(MODEL, kv_format, CONTEXT, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextmanager
+def raw_pages() -> Iterator[None]:
+    """Floats in the same pages on the same path (format raw_f32), whatever cache dtype is asked for."""
+    from tq_backend.vllm_adapter import formats
+
+    own = formats.page_format
+    formats.page_format = lambda _dtype: "raw_f32"
+    try:
+        yield
+    finally:
+        formats.page_format = own
+
+
+def through_codec(kv_format: str, x: torch.Tensor, is_key: bool) -> torch.Tensor:
+    """What the host reference codec makes of [tokens, heads, head_dim]."""
+    rows = native().fake_quantize(kv_format, is_key, x.float().reshape(-1, x.shape[-1]).numpy())
+    return torch.from_numpy(rows).reshape(x.shape).to(x.dtype)
+
+
+@contextmanager
+def patched_store(store) -> Iterator[None]:
+    """store(own, self, layer, key, value, kv_cache, slot_mapping) in place of the layer's own do_kv_cache_update."""
+    from tq_backend.vllm_adapter.impl import TurboQuantImpl
+
+    own = TurboQuantImpl.do_kv_cache_update
+    TurboQuantImpl.do_kv_cache_update = lambda self, *args: store(own, self, *args)
+    try:
+        yield
+    finally:
+        TurboQuantImpl.do_kv_cache_update = own
+
+
+@contextmanager
+def recorded_codec(kv_format: str, record: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Runs the engine as it is, and notes what the reference codec makes of every K and V that it stores."""
+
+    def store(own, self, layer, key, value, kv_cache, slot_mapping):
+        record.append((through_codec(kv_format, key, True), through_codec(kv_format, value, False)))
+        own(self, layer, key, value, kv_cache, slot_mapping)
+
+    with patched_store(store):
+        yield
+
+
+@contextmanager
+def replayed_float_cache(kv_format: str, record: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[list[float]]:
+    """raw_pages() holding the recorded K and V, call by call. Yields a list that gets, per call, the share of elements in
+    which this engine's own K and V would have read back differently."""
+    calls = iter(record)
+    moved: list[float] = []
+
+    def store(own, self, layer, key, value, kv_cache, slot_mapping):
+        recorded = next(calls)
+        mine = (through_codec(kv_format, key, True), through_codec(kv_format, value, False))
+        # Half a step of the finest codec here is far above 1e-2 of a row's largest element; float noise is far below.
+        for a, b in zip(mine, recorded, strict=True):
+            moved.append(((a - b).abs() > 1e-2 * b.abs().amax(-1, keepdim=True)).float().mean().item())
+        own(self, layer, *recorded, kv_cache, slot_mapping)
+
+    with patched_store(store), raw_pages():
+        yield moved
+    assert next(calls, None) is None, "both engines must make the same calls"

@@ -1,0 +1,133 @@
+"""What `pip install` put on this machine: files, entry points, metadata, and libraries that find each other anywhere.
+
+Nothing is built here. The package must be installed the ordinary way (a wheel's files in site-packages).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DISTRIBUTION = metadata.distribution("tq-backend")
+PACKAGE = Path(str(DISTRIBUTION.locate_file("tq_backend")))
+BINARIES = [
+    "libtq_backend.so",
+    "libtq_kernels_cpu.so",
+    "libtq_torch.so",
+    "libhwy.so.1",
+    "tq-check-abi",
+    next(file.name for file in PACKAGE.glob("_native.*.so")),
+]
+
+
+def run_python(code: str, path: Path, **env: str) -> str:
+    """Runs code in a new interpreter that sees `path` before anything else; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=path,
+        env=os.environ | {"PYTHONPATH": str(path)} | env,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the installed package in a folder that the build never knew."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(PACKAGE, folder / "tq_backend", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.mark.parametrize("name", BINARIES)
+def test_binary_is_recorded_in_the_wheel(name: str):
+    assert f"tq_backend/{name}" in {file.as_posix() for file in DISTRIBUTION.files or ()}
+    assert (PACKAGE / name).is_file()
+
+
+def test_every_python_file_of_the_source_is_installed_and_no_other():
+    source = {
+        f.relative_to(ROOT / "plugin").as_posix(): f.read_bytes() for f in (ROOT / "plugin/tq_backend").rglob("*.py")
+    }
+    files = [f for f in DISTRIBUTION.files or () if f.suffix == ".py"]
+    assert {f.as_posix() for f in files} == set(source)
+    old = [f.as_posix() for f in files if Path(str(f.locate())).read_bytes() != source[f.as_posix()]]
+    assert not old, f"installed files differ from the source: {old}; run ci/setup.sh"
+
+
+def test_version_has_one_source():
+    project = re.search(r"project\(tq_backend VERSION ([0-9.]+)", (ROOT / "CMakeLists.txt").read_text())
+    assert DISTRIBUTION.version == project[1]
+    assert run_python("import tq_backend; print(tq_backend.__version__)", PACKAGE.parent) == project[1]
+    report = json.loads(subprocess.run([PACKAGE / "tq-check-abi", "--json"], capture_output=True, check=False).stdout)
+    assert report["build_id"].startswith(f"{project[1]}-")
+
+
+def test_metadata():
+    assert DISTRIBUTION.metadata["License-Expression"] == "Apache-2.0"
+    assert DISTRIBUTION.metadata["Description"].startswith("# tq-backend")
+    required = {re.split(r"[ <>=;]", line)[0] for line in DISTRIBUTION.requires or ()}
+    assert required.isdisjoint({"torch", "vllm"}), "an engine brings its own torch; ours would replace it"
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("vllm.general_plugins", "tq_backend", "tq_backend.register:register"),
+        ("vllm.platform_plugins", "tq_backend_cpu", "tq_backend.register:cpu_platform"),
+        ("console_scripts", "tq", "tq_backend.cli.main:main"),
+        ("console_scripts", "tq-check", "tq_backend.cli.check:main"),
+    ],
+)
+def test_entry_point(group: str, name: str, value: str):
+    (point,) = [p for p in DISTRIBUTION.entry_points if p.group == group and p.name == name]
+    assert point.value == value
+    assert callable(point.load())
+
+
+def test_import_takes_neither_torch_nor_vllm(moved: Path):
+    hide = (
+        "import sys; sys.modules.update(torch=None, vllm=None)\n"
+        "import tq_backend, tq_backend.register\n"
+        "from tq_backend._library import native\n"
+        "print(tq_backend.__file__, len(native().formats()))"
+    )
+    where, count = run_python(hide, moved).split()
+    assert Path(where).is_relative_to(moved)
+    assert int(count) >= 4
+
+
+def test_moved_package_finds_its_own_libraries(moved: Path):
+    done = subprocess.run(
+        [moved / "tq_backend" / "tq-check-abi", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cpu = next(row for row in json.loads(done.stdout)["libraries"] if row["kind"] == "cpu")
+    assert cpu["usable"], cpu
+    code = (
+        "from tq_backend._library import native; native().libraries()\n"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'tq_' in line or 'hwy' in line})"
+    )
+    loaded = {Path(path) for path in re.findall(r"'([^']+)'", run_python(code, moved))}
+    assert {path.name for path in loaded} >= {"libtq_backend.so", "libtq_kernels_cpu.so", "libhwy.so.1"}
+    assert all(path.is_relative_to(moved) for path in loaded), loaded
+
+
+@pytest.mark.parametrize("name", BINARIES)
+def test_no_build_path_remains(name: str):
+    dynamic = subprocess.run(["readelf", "-d", PACKAGE / name], capture_output=True, text=True, check=True).stdout
+    paths = re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", dynamic)
+    assert paths == ([] if name == "libhwy.so.1" else ["$ORIGIN"])
+    assert str(ROOT).encode() not in (PACKAGE / name).read_bytes()

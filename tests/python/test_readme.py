@@ -1,0 +1,57 @@
+"""README.md quotes the results files as they are, and its words name things that exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("readme_figures", ROOT / "ci" / "readme_figures.py")
+readme_figures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(readme_figures)
+
+EMPTY = "before\n<!-- figures -->\nold\n<!-- end of figures -->\nafter\n"
+ENTRY = {
+    "figure": "KL(bf16 || x)",
+    "value": 0.0150123,
+    "unit": "nat",
+    "bar": "0.0150 +-10%",
+    "baseline": "bf16",
+    "machine": "a CPU, 2 cores",
+    "date": "2026-11-23",
+    "command": "tq eval",
+}
+
+
+def test_readme_is_up_to_date():
+    text = (ROOT / "README.md").read_text()
+    assert readme_figures.rewritten(text, ROOT / "tests/bench/results") == text, "run ci/readme_figures.py"
+
+
+def test_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    targets = [t for t in re.findall(r"\]\(([^)]+)\)", text) if not t.startswith(("http", "#"))]
+    assert targets
+    assert [t for t in targets if not (ROOT / t).exists()] == []
+
+
+def test_figures_replace_the_block_and_nothing_else(tmp_path: Path):
+    assert readme_figures.rewritten(EMPTY, tmp_path) == EMPTY.replace("old", "Not measured yet.")
+    (tmp_path / "quality.json").write_text(json.dumps([ENTRY]))
+    new = readme_figures.rewritten(EMPTY, tmp_path)
+    assert "`tq eval` on a CPU, 2 cores, 2026-11-23:" in new
+    assert r"| KL(bf16 \|\| x) | 0.01501 nat | 0.0150 +-10% | bf16 |" in new
+    assert new.startswith("before\n") and new.endswith("after\n") and "old" not in new
+    assert readme_figures.rewritten(new, tmp_path) == new
+
+
+def test_a_malformed_entry_is_refused(tmp_path: Path):
+    (tmp_path / "x.json").write_text(json.dumps([{k: v for k, v in ENTRY.items() if k != "machine"}]))
+    with pytest.raises(ValueError, match=r"x\.json"):
+        readme_figures.rewritten(EMPTY, tmp_path)
+    with pytest.raises(ValueError, match="0 blocks"):
+        readme_figures.rewritten("no markers\n", tmp_path / "none")
