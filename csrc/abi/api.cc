@@ -116,7 +116,7 @@ int32_t api_fake_quantize(uint32_t format_id, int32_t is_key, int32_t head_dim, 
 
 int32_t api_kv_cache_spec(const TqLayerDesc* layer, TqKvCacheSpec* out, TqError* error) {
   return guarded(error, [&]() -> Status {
-    CheckedLayer checked;
+    CheckedLayer checked = {};
     if (Status s = check_layer_desc(layer, &checked); !s.ok()) return s;
     const TqLayerDesc& d = checked.desc;
     TqKvCacheSpec spec = {};
@@ -132,7 +132,7 @@ int32_t api_kv_cache_spec(const TqLayerDesc* layer, TqKvCacheSpec* out, TqError*
 int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* count, TqPlanSummary* summary,
                        TqError* error) {
   return guarded(error, [&]() -> Status {
-    TqPlanRequest request;
+    TqPlanRequest request = {};
     if (Status s = read_struct("request", given, sizeof(TqPlanRequest), &request); !s.ok()) return s;
     if (request.num_layers < 1 || request.layers == nullptr) {
       return invalid("request.num_layers is " + std::to_string(request.num_layers) +
@@ -148,7 +148,7 @@ int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* cou
     const char* at = reinterpret_cast<const char*>(request.layers);
     for (int64_t i = 0; i < request.num_layers; ++i) {
       const auto* layer = reinterpret_cast<const TqLayerDesc*>(at);
-      CheckedLayer checked;
+      CheckedLayer checked = {};
       if (Status s = check_layer_desc(layer, &checked); !s.ok()) {
         return {s.code, "request.layers[" + std::to_string(i) + "]: " + s.message};
       }
@@ -227,7 +227,7 @@ int32_t api_workspace_size(const TqBackend* backend, const TqLayerDesc* layer, i
     if (bytes == nullptr) return invalid("bytes is NULL; it must point to the result");
     if (num_tokens < 0) return invalid("num_tokens is " + std::to_string(num_tokens) + "; it must not be negative");
     if (num_seqs < 0) return invalid("num_seqs is " + std::to_string(num_seqs) + "; it must not be negative");
-    CheckedLayer checked;
+    CheckedLayer checked = {};
     if (Status s = check_layer_desc(layer, &checked); !s.ok()) return s;
     *bytes = workspace_bytes(*backend, checked, num_tokens, num_seqs);
     return {};
@@ -247,7 +247,7 @@ int32_t api_attend(TqBackend* backend, const TqAttendArgs* args, TqError* error)
   return guarded(error, [&]() -> Status {
     if (Status s = need_backend(backend); !s.ok()) return s;
     AttendParams params = {};
-    CheckedLayer layer;
+    CheckedLayer layer = {};
     if (Status s = check_attend(args, backend->host_tables(), &params, &layer); !s.ok()) return s;
     const uint64_t needed = workspace_bytes(*backend, layer, params.num_tokens, params.num_seqs);
     if (params.workspace_bytes < needed) {

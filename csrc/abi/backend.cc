@@ -53,7 +53,7 @@ Status from_kernel(const KernelStatus& status) {
 
 Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   if (out == nullptr) return invalid("out is NULL; it must point to a TqBackend*");
-  TqBackendOptions options;
+  TqBackendOptions options = {};
   if (Status s = read_struct("options", given, sizeof(TqBackendOptions), &options); !s.ok()) return s;
   if (std::find(std::begin(kDeviceKinds), std::end(kDeviceKinds), options.device_kind) == std::end(kDeviceKinds)) {
     return invalid("options.device_kind is " + std::to_string(options.device_kind) +
@@ -64,7 +64,7 @@ Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   }
   ParallelFor parallel_for = {};
   if (options.parallel_for != nullptr) {
-    TqParallelFor p;
+    TqParallelFor p = {};
     if (Status s = read_struct("options.parallel_for", options.parallel_for, sizeof(TqParallelFor), &p); !s.ok())
       return s;
     if (p.run == nullptr)
@@ -138,7 +138,7 @@ Status query_caps(const TqBackend& backend, TqCaps* out) {
 }
 
 Status query_counters(const TqBackend& backend, TqCounters* out) {
-  KernelCounters from;
+  KernelCounters from = {};
   backend.kernels->counters(backend.state, &from);
   TqCounters counters = {};
   counters.store_calls = from.store_calls;
@@ -151,7 +151,7 @@ Status query_counters(const TqBackend& backend, TqCounters* out) {
 
 Status check_layer(const TqLayerDesc* layer, uint64_t* unmet) {
   if (unmet == nullptr) return invalid("unmet is NULL; it must point to a bit mask");
-  TqLayerDesc d;
+  TqLayerDesc d = {};
   if (Status s = read_struct("layer", layer, sizeof(TqLayerDesc), &d); !s.ok()) return s;
   uint64_t bits = 0;
   for (size_t i = 0; i < std::size(kRequirements); ++i) {

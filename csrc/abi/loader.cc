@@ -17,8 +17,9 @@ const char* device_kind_name(int device_kind) {
       return "cuda";
     case TQ_DEVICE_HIP:
       return "hip";
+    default:
+      return "unknown";
   }
-  return "unknown";
 }
 
 std::string default_kernels_dir() {

@@ -107,7 +107,7 @@ Status check_layer_desc(const TqLayerDesc* layer, CheckedLayer* out) {
 }
 
 Status check_pages(const TqPages* given, const CheckedLayer& layer, PagedCache* out) {
-  TqPages pages;
+  TqPages pages = {};
   TQ_RETURN_IF_ERROR(read_struct("pages", given, sizeof(TqPages), &pages));
   if (pages.format_id != layer.desc.format_id) {
     const Format* came = find_format(pages.format_id);
@@ -143,8 +143,8 @@ Status check_pages(const TqPages* given, const CheckedLayer& layer, PagedCache* 
 }
 
 Status check_store(const TqStoreKvArgs* given, bool host_tables, StoreParams* out) {
-  TqStoreKvArgs args;
-  CheckedLayer layer;
+  TqStoreKvArgs args = {};
+  CheckedLayer layer = {};
   TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqStoreKvArgs), &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, &layer));
   TQ_RETURN_IF_ERROR(check_pages(args.pages, layer, &out->cache));
@@ -214,7 +214,7 @@ Status check_sequences(const TqAttendArgs& args, const PagedCache& cache) {
 }  // namespace
 
 Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* out, CheckedLayer* layer) {
-  TqAttendArgs args;
+  TqAttendArgs args = {};
   TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqAttendArgs), &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, layer));
   TQ_RETURN_IF_ERROR(check_pages(args.pages, *layer, &out->cache));
@@ -275,8 +275,8 @@ Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* o
 }
 
 Status check_dequant(const TqDequantKvArgs* given, bool host_tables, DequantParams* out) {
-  TqDequantKvArgs args;
-  CheckedLayer layer;
+  TqDequantKvArgs args = {};
+  CheckedLayer layer = {};
   TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqDequantKvArgs), &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, &layer));
   TQ_RETURN_IF_ERROR(check_pages(args.pages, layer, &out->cache));
@@ -310,8 +310,8 @@ Status check_dequant(const TqDequantKvArgs* given, bool host_tables, DequantPara
 }
 
 Status check_copy(const TqCopyPagesArgs* given, bool host_tables, CopyParams* out) {
-  TqCopyPagesArgs args;
-  CheckedLayer layer;
+  TqCopyPagesArgs args = {};
+  CheckedLayer layer = {};
   TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqCopyPagesArgs), &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, &layer));
   TQ_RETURN_IF_ERROR(check_pages(args.pages, layer, &out->cache));

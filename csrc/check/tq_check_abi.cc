@@ -8,7 +8,9 @@
 #include <unistd.h>
 
 #include <climits>
+#include <cstdio>
 #include <cstring>
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -116,9 +118,7 @@ int check(bool json, const std::string& path) {
   return works ? kWorks : kIncompatible;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
   bool json = false;
   std::string path;
   for (int i = 1; i < argc; ++i) {
@@ -134,4 +134,15 @@ int main(int argc, char** argv) {
     }
   }
   return check(json, path.empty() ? beside_this_program() : path);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& error) {  // printing to a closed pipe, or no memory
+    std::fputs(error.what(), stderr);
+    return kIncompatible;
+  }
 }

@@ -116,6 +116,7 @@ Codebook round_to_grid(int bits) {
   for (int hundredths = 100; std::lround(largest * hundredths / 100.0) <= 63; ++hundredths) {
     const double scale = hundredths / 100.0;
     std::vector<double> rounded;
+    rounded.reserve(exact.centroids.size());
     for (double c : exact.centroids) rounded.push_back(static_cast<double>(std::lround(c * scale)) / scale);
     const double mse = gaussian_mse(rounded);
     if (mse >= best_mse) continue;
