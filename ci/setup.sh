@@ -12,7 +12,8 @@ TOOLS=ci/tools.txt
 stage() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
-packages=(g++ python3-venv python3-dev libhwy-dev libfmt-dev libgtest-dev)
+# libnuma1: without it vLLM's CPU extension does not load, and the engine fails at its first operator.
+packages=(g++ python3-venv python3-dev libhwy-dev libfmt-dev libgtest-dev libnuma1)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok installed' || missing+=("$package")
