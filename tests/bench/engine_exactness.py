@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
 
-from conftest import raw_pages, recorded_codec, replayed_float_cache, running
+from engines import raw_pages, recorded_codec, replayed_float_cache, running
 from test_engine import OPTIONS, largest_difference, observe
 from tq_backend.cli.quality import REFERENCE_KL
 from tq_backend.cli.results import Figure, write_results

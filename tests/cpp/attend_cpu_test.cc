@@ -73,6 +73,17 @@ TEST(AttendCpu, RandomGridAtEveryTarget) {
   EXPECT_GE(names.size(), 1u);
 }
 
+#if defined(__x86_64__)
+TEST(AttendCpu, AProcessorWithoutSse4IsTurnedAway) {
+  EXPECT_EQ(cpu_kernels().probe().code, 0);
+  hwy::SetSupportedTargetsForTest(HWY_SCALAR);
+  const KernelStatus status = cpu_kernels().probe();
+  hwy::SetSupportedTargetsForTest(0);
+  EXPECT_EQ(status.code, 14);
+  EXPECT_NE(std::string(status.message).find("SSE4.2"), std::string::npos);
+}
+#endif
+
 Config simple_config(const char* format, int query_len, int seq_len) {
   Config c;
   c.format = find_format(format);

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import MODEL, raw_pages, recorded_codec, replayed_float_cache, running
+from engines import MODEL, raw_pages, recorded_codec, replayed_float_cache, running
 from tq_backend.cli.engine import Engine, counters
 from tq_backend.cli.heldout import heldout_tokens
 from tq_backend.cli.quality import REFERENCE_KL

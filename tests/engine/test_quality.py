@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from conftest import MODEL
+from engines import MODEL
 
 
 def tq_eval(*args: str, **env: str) -> subprocess.CompletedProcess:

@@ -3,15 +3,17 @@
 #include <new>
 
 #include "build_id.h"
+#include "hwy/targets.h"
 #include "kernels/cpu/attend_task.h"
 #include "kernels/cpu/device.h"
 
 namespace tq {
 namespace {
 
-constexpr int kCpuDevice = 1;          // TQ_DEVICE_CPU
-constexpr int kResourceExhausted = 8;  // TQ_RESOURCE_EXHAUSTED
-constexpr int kInternal = 13;          // TQ_INTERNAL
+constexpr int kCpuDevice = 1;                      // TQ_DEVICE_CPU
+constexpr int kResourceExhausted = 8;              // TQ_RESOURCE_EXHAUSTED
+constexpr int kInternal = 13;                      // TQ_INTERNAL
+[[maybe_unused]] constexpr int kUnavailable = 14;  // TQ_UNAVAILABLE
 
 // No exception leaves the library: what can throw in here is the standard library's allocator and its threads.
 template <class F>
@@ -25,7 +27,16 @@ KernelStatus guarded(F&& f) noexcept {
   }
 }
 
-KernelStatus probe() { return {0, ""}; }
+// This file is compiled for any x86-64, the ones under arch/ for SSE4.2 and better: they must not be entered on less.
+KernelStatus probe() {
+#if defined(__x86_64__)
+  if ((hwy::SupportedTargets() & (HWY_SSE4 | HWY_AVX2 | HWY_AVX3 | HWY_AVX3_DL)) == 0) {
+    return {kUnavailable,
+            "this processor has no SSE4.2, which the CPU kernels need; any x86-64 processor since 2011 has it"};
+  }
+#endif
+  return {0, ""};
+}
 
 KernelStatus create(int, const ParallelFor* parallel_for, DeviceState** out) {
   return guarded([&]() -> KernelStatus {

@@ -68,8 +68,13 @@ def vllm_report() -> tuple[dict[str, str], str | None]:
         register()
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+        found = probes.results()
         path = AttentionBackendEnum.TURBOQUANT.get_path()
-        return probes.results(), None if path == BACKEND_PATH else f"TURBOQUANT stands for {path}"
+        # An unmet probe is the reason why we declined; the class that stands there instead is only its consequence.
+        problem = "; ".join(filter(None, found.values())) or (
+            None if path == BACKEND_PATH else f"TURBOQUANT stands for {path}"
+        )
+        return found, problem
     except Exception as error:  # this command's job is to say what is wrong
         return {}, f"vLLM cannot be used: {type(error).__name__}: {error}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import shlex
 import sys
@@ -29,13 +30,18 @@ def machine() -> str:
                 break
     except OSError:
         pass
-    import os
-
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def command_line() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """As a reader would type it from the repository's root."""
+    program = Path(sys.argv[0])
+    if program.suffix == ".py":
+        path = program.resolve()
+        words = ["python", path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name]
+    else:
+        words = [program.name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def write_results(path: Path, figures: list[Figure]) -> None:

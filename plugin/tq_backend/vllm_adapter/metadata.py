@@ -29,6 +29,22 @@ class TurboQuantMetadata(AttentionMetadata):
     workspace: torch.Tensor  # uint8
 
 
+def check_shared_caches(layers: dict[str, Any]) -> None:
+    """Raises NotImplementedError if a layer reads another one's cache in a format that is not its own.
+
+    vLLM chooses native layers by number, without looking at what they share. Its CPU kernel would then read compressed pages as
+    floats, and past their end, and give NaN without a word.
+    """
+    for name, layer in layers.items():
+        target = layers.get(layer.kv_sharing_target_layer_name)
+        if target is not None and target.kv_cache_dtype != layer.kv_cache_dtype:
+            raise NotImplementedError(
+                f"{name} has the cache dtype {layer.kv_cache_dtype} and reads the cache of "
+                f"{layer.kv_sharing_target_layer_name}, which is {target.kv_cache_dtype}; both must be skipped or neither: set "
+                "additional_config['turboquant']['skip_layers']"
+            )
+
+
 class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     # One buffer for all layers and groups of this process: layers run one after another. It grows while builders are made,
     # never during a step.
@@ -36,6 +52,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         scheduler = vllm_config.scheduler_config
         for impl in {id(layer.impl): layer.impl for layer in layers.values()}.values():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import torch
 from tq_backend._library import native
 from tq_backend.cli.engine import Engine
@@ -15,11 +13,6 @@ from tq_backend.cli.engine import Engine
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-code-lm"
 CONTEXT = 1024
-
-
-@pytest.fixture(scope="session")
-def build_dir() -> Path:
-    return Path(os.environ.get("TQ_BUILD_DIR") or ROOT / "build")
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""Paths that several tests need."""
+"""What both Python suites need."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,196 @@
+"""What one layer hands to the kernels means what vLLM means: windows, soft caps, ALiBi, sinks, cache layouts, shared caches.
+
+The small model has none of these, so an engine run would not notice a window that is one too short. Here one layer of ours over
+float pages (raw_f32) meets vLLM's stock CPU kernel over its own float cache, on the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import raw_pages
+from tq_backend._library import native, torch_ops
+from tq_backend.vllm_adapter.impl import TurboQuantImpl
+from tq_backend.vllm_adapter.metadata import TurboQuantMetadata, check_shared_caches
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 64, 32
+SCALE = HEAD_DIM**-0.5
+QUERY_LENS = [1, 17, 40]  # a decode, a fresh prompt, a chunk behind 60 cached tokens
+SEQ_LENS = [70, 17, 100]
+MAX_BLOCKS = 4
+# Both sides compute in float32 over at most 100 tokens: 4e-6 was seen. The smallest of these mistakes (one token more or less in
+# a window, an option not passed on) moves the output by more than 1.
+TOLERANCE = 3e-5
+SLOPES = [2.0 ** -(h + 1) for h in range(HEADS)]
+SINKS = [0.5 * h - 1.0 for h in range(HEADS)]
+
+
+def block_table() -> torch.Tensor:
+    return torch.arange(len(SEQ_LENS) * MAX_BLOCKS, dtype=torch.int32).flip(0).view(len(SEQ_LENS), MAX_BLOCKS)
+
+
+def slots() -> torch.Tensor:
+    return torch.cat(
+        [
+            row.long()[torch.arange(n) // BLOCK_SIZE] * BLOCK_SIZE + torch.arange(n) % BLOCK_SIZE
+            for row, n in zip(block_table(), SEQ_LENS, strict=True)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    query = torch.randn(sum(QUERY_LENS), HEADS, HEAD_DIM, generator=generator) * 2
+    key = torch.randn(sum(SEQ_LENS), KV_HEADS, HEAD_DIM, generator=generator)
+    return query, key, torch.randn(sum(SEQ_LENS), KV_HEADS, HEAD_DIM, generator=generator)
+
+
+def stock(tensors, causal: bool = True, **options) -> torch.Tensor:
+    """CPUAttentionBackendImpl's own calls, with what its constructor makes of the same options."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    query, key, value = tensors
+    isa = _get_attn_isa(torch.float32, BLOCK_SIZE, HEAD_DIM)
+    blocks = len(SEQ_LENS) * MAX_BLOCKS
+    cache = torch.zeros(blocks, KV_HEADS, BLOCK_SIZE * 2, HEAD_DIM).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(key, value, *cache, slots(), isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto")
+    start = torch.tensor([0, 1, 18, 58], dtype=torch.int32)
+    lens = torch.tensor(SEQ_LENS, dtype=torch.int32)
+    window = options.get("sliding_window") or -1
+    plan = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(SEQ_LENS), num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, seq_lens=lens, dtype=torch.float32,
+        query_start_loc=start, causal=causal, sliding_window_size=window, isa=isa, enable_kv_split=True, dynamic_causal=None,
+        kv_cache_dtype="auto",
+    )  # fmt: skip
+    slopes = options.get("alibi_slopes")
+    out = torch.empty_like(query)
+    ops.cpu_attention_with_kv_cache(
+        query=query, key_cache=cache[0], value_cache=cache[1], output=out, query_start_loc=start, seq_lens=lens, scale=SCALE,
+        causal=causal, alibi_slopes=None if slopes is None else torch.tensor(slopes), sliding_window=window,
+        block_table=block_table(), softcap=options.get("logits_soft_cap") or 0.0, scheduler_metadata=plan,
+        s_aux=options.get("sinks"),
+    )  # fmt: skip
+    return out
+
+
+def empty_cache(layout: str) -> torch.Tensor:
+    """vLLM's logical view [blocks, heads, tokens, bytes] of three physical layouts."""
+    blocks, slot = len(SEQ_LENS) * MAX_BLOCKS, 2 * 4 * HEAD_DIM
+    if layout == "LBNHC":
+        return torch.zeros(blocks, BLOCK_SIZE, KV_HEADS, slot, dtype=torch.uint8).transpose(1, 2)
+    if layout == "LBHNC":
+        return torch.zeros(blocks, KV_HEADS, BLOCK_SIZE, slot, dtype=torch.uint8)
+    # Blocks that lie further apart than their bytes: a page padded to a larger one, or other layers in between.
+    page = KV_HEADS * BLOCK_SIZE * slot
+    return torch.zeros(blocks, page + 4096, dtype=torch.uint8)[:, :page].unflatten(1, (KV_HEADS, BLOCK_SIZE, slot))
+
+
+def layer(**options) -> TurboQuantImpl:
+    with raw_pages():
+        return TurboQuantImpl(HEADS, HEAD_DIM, SCALE, KV_HEADS, kv_cache_dtype="turboquant_4bit_nc", **options)
+
+
+def metadata(causal: bool = True) -> TurboQuantMetadata:
+    raw = native().format_by_name("raw_f32")["format_id"]
+    size = torch_ops().workspace_size(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, raw, sum(QUERY_LENS), len(SEQ_LENS))
+    return TurboQuantMetadata(
+        num_actual_tokens=sum(QUERY_LENS),
+        query_start_loc=torch.tensor([0, 1, 18, 58], dtype=torch.int32),
+        seq_lens=torch.tensor(SEQ_LENS, dtype=torch.int32),
+        block_table=block_table(),
+        slot_mapping=slots(),
+        block_size=BLOCK_SIZE,
+        causal=causal,
+        workspace=torch.empty(size, dtype=torch.uint8),
+    )
+
+
+def ours(tensors, layout: str = "LBHNC", causal: bool = True, **options) -> torch.Tensor:
+    query, key, value = tensors
+    impl, cache, out = layer(**options), empty_cache(layout), torch.empty_like(query)
+    impl.do_kv_cache_update(None, key, value, cache, slots())
+    return impl.forward(None, query, None, None, cache, metadata(causal), out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sliding_window": 1},
+        {"sliding_window": 16},
+        {"sliding_window": 33},
+        {"logits_soft_cap": 5.0},
+        {"alibi_slopes": SLOPES},
+        {"sinks": torch.tensor(SINKS)},
+        {"sliding_window": 24, "logits_soft_cap": 20.0, "sinks": torch.tensor(SINKS)},
+        {"causal": False},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
+def test_options_mean_what_the_stock_kernel_means(tensors, options):
+    torch.testing.assert_close(ours(tensors, **options), stock(tensors, **options), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", ["LBNHC", "padded"])
+def test_cache_layouts_give_the_same_bits(tensors, layout):
+    assert torch.equal(ours(tensors, layout), ours(tensors, "LBHNC"))
+
+
+def test_a_layer_that_shares_a_cache_reads_the_targets(tensors):
+    """Gemma 3n and 4: `attn(q, None, None)`; vLLM hands the target layer's cache to the sharing one."""
+    query, key, value = tensors
+    cache = empty_cache("LBHNC")
+    layer().do_kv_cache_update(None, key, value, cache, slots())
+    sharing = layer(kv_sharing_target_layer_name="model.layers.0.self_attn.attn")
+    out = sharing.forward(None, query, None, None, cache, metadata(), torch.empty_like(query))
+    assert torch.equal(out, ours(tensors))
+
+
+def test_a_cache_shared_across_formats_is_refused():
+    """The last layers of Gemma 3n read an earlier one's cache; vLLM's boundary skip keeps the last two native."""
+
+    def a_layer(dtype: str, target: str | None = None) -> SimpleNamespace:
+        return SimpleNamespace(kv_cache_dtype=dtype, kv_sharing_target_layer_name=target)
+
+    compressed, native_cache = a_layer("turboquant_4bit_nc"), a_layer("auto")
+    check_shared_caches(
+        {"0": native_cache, "1": compressed, "2": a_layer("turboquant_4bit_nc", "1"), "3": a_layer("auto", "0")}
+    )
+    for target, sharing in ((compressed, a_layer("auto", "1")), (native_cache, a_layer("turboquant_4bit_nc", "1"))):
+        with pytest.raises(NotImplementedError, match=r"both must be skipped or neither"):
+            check_shared_caches({"1": target, "2": sharing})
+
+
+def test_profiling_gives_zeros_and_touches_no_cache(tensors):
+    query, key, value = tensors
+    out = torch.full_like(query, float("nan"))
+    impl, cache = layer(), torch.empty(0, dtype=torch.uint8)
+    impl.do_kv_cache_update(None, key, value, cache, slots())
+    assert torch.count_nonzero(impl.forward(None, query, key, value, cache, None, out)) == 0
+
+
+def test_what_is_not_served_is_said(tensors):
+    query, key, value = tensors
+    with pytest.raises(NotImplementedError, match="attn_type is encoder_only"):
+        layer(attn_type="encoder_only")
+    with pytest.raises(NotImplementedError, match="output_scale must be None"):
+        layer().forward(None, query, key, value, None, metadata(), query, output_scale=torch.ones(1))
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("vllm.tq_backend")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        layer(novelty=1)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert said == ["TURBOQUANT ignores the attention arguments ['novelty'], which it does not know"]

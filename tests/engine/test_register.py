@@ -1,0 +1,106 @@
+"""The entry points and the platform: what they choose, when they decline, and that an engine never runs something else silently."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tq_backend.register import BACKEND_PATH, CPU_PLATFORM_PATH, cpu_platform, register
+from tq_backend.vllm_adapter.options import Options, read_options
+
+
+def test_register_can_be_called_again_and_initialises_no_gpu():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    for _ in range(2):
+        register()
+        assert AttentionBackendEnum.TURBOQUANT.get_path() == BACKEND_PATH
+    assert AttentionBackendEnum.TURBOQUANT.get_class().get_name() == "TURBOQUANT"
+    assert not torch.cuda.is_initialized()
+
+
+def test_cpu_platform_steps_aside_where_vllm_finds_another(monkeypatch):
+    from vllm import platforms
+
+    assert cpu_platform() == CPU_PLATFORM_PATH
+    monkeypatch.setitem(platforms.builtin_platform_plugins, "cuda", lambda: "vllm.platforms.cuda.CudaPlatform")
+    assert cpu_platform() is None
+
+
+def in_a_new_process(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | env
+    )
+
+
+ROUTE = """
+from types import SimpleNamespace
+from tq_backend.register import register
+from tq_backend.vllm_adapter.platform import TurboQuantCpuPlatform
+{before}
+register()
+wanted = SimpleNamespace(kv_cache_dtype="turboquant_4bit_nc", use_mla=False, use_sparse=False)
+print(TurboQuantCpuPlatform.get_attn_backend_cls(None, wanted))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "missing", "reason"),
+    [
+        ("", "kernels", "the cpu kernels are not usable"),
+        (
+            "from vllm.v1.attention.backend import AttentionBackend; del AttentionBackend.customize_spec",
+            "",
+            "without AttentionBackend.customize_spec",
+        ),
+    ],
+    ids=["no kernel library", "another engine"],
+)
+def test_declining_is_said_and_stops_a_compressed_cache(tmp_path, before, missing, reason):
+    """Stock vLLM would run its own kernel over the packed bytes without a word; see the platform's comment."""
+    env = {"TQ_KERNELS_DIR": str(tmp_path)} if missing else {}
+    done = in_a_new_process(ROUTE.format(before=before), **env)
+    said = done.stdout + done.stderr
+    assert "tq-backend declines" in said and reason in said, said
+    assert done.returncode != 0
+    assert "RuntimeError: kv_cache_dtype turboquant_4bit_nc needs tq-backend on a CPU" in said
+
+
+def test_routes_by_cache_dtype():
+    from tq_backend.vllm_adapter.platform import TurboQuantCpuPlatform as Platform
+
+    register()
+
+    def route(dtype: str | None, use_mla: bool = False) -> str:
+        config = SimpleNamespace(kv_cache_dtype=dtype, use_mla=use_mla, use_sparse=False)
+        return Platform.get_attn_backend_cls(None, config)
+
+    assert route("turboquant_k8v4") == BACKEND_PATH
+    assert route("auto").endswith("CPUAttentionBackend")
+    assert route(None).endswith("CPUAttentionBackend")
+    with pytest.raises(NotImplementedError, match="does not serve MLA"):
+        route("turboquant_k8v4", use_mla=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"turboquant": {"skip_layer": []}}, "did you mean 'skip_layers'"),
+        ({"turboquant": {"skip_layers": "0,1"}}, "must be a list"),
+        ({"turboquant": {"skip_layers": [1.5]}}, "must be a list"),
+        ({"turboquant": ["skip_layers"]}, "must be a dictionary"),
+    ],
+)
+def test_options_are_checked(given, words):
+    with pytest.raises(ValueError, match=words):
+        read_options(given)
+
+
+def test_options():
+    assert read_options({}) == read_options(None) == read_options({"turboquant": {}}) == Options()
+    assert read_options({"turboquant": {"skip_layers": []}}).skip_layers == ()
+    assert read_options({"turboquant": {"skip_layers": [0, "sliding_window"]}}).skip_layers == ("0", "sliding_window")
