@@ -1,5 +1,6 @@
 #include "abi/validate.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -192,6 +193,10 @@ Status check_sequences(const TqAttendArgs& args, const PagedCache& cache) {
       return invalid("query_start_loc[" + text(s + 1) + "] is " + text(args.query_start_loc[s + 1]) + ", below the " +
                      text(args.query_start_loc[s]) + " before it; it must ascend");
     }
+    if (args.max_query_len > 0 && query_len > args.max_query_len) {
+      return invalid("max_query_len is " + text(args.max_query_len) + "; sequence " + text(s) + " has " +
+                     text(query_len) + " query tokens");
+    }
     if (args.seq_lens[s] < query_len) {
       return invalid("seq_lens[" + text(s) + "] is " + text(args.seq_lens[s]) +
                      "; it must be at least the sequence's " + text(query_len) + " query tokens");
@@ -223,6 +228,16 @@ Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* o
   if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
   if (!std::isfinite(args.scale)) return invalid("scale is " + text(args.scale) + "; it must be finite");
   if (args.causal != 0 && args.causal != 1) return invalid("causal is " + text(args.causal) + "; it must be 0 or 1");
+  if (args.max_query_len < 0) {
+    return invalid("max_query_len is " + text(args.max_query_len) + "; it must be 0 (not known) or an upper bound");
+  }
+  if (args.max_spans < 0 || (args.max_spans > 0) != (args.spans != nullptr)) {
+    return invalid("max_spans is " + text(args.max_spans) + " and spans is " +
+                   (args.spans == nullptr ? "NULL" : "not NULL") + "; both must be given, or neither");
+  }
+  if (host_tables && args.spans != nullptr) {
+    return {TQ_UNIMPLEMENTED, "spans is not NULL; the CPU kernels do not serve bidirectional spans yet"};
+  }
   if (args.num_seqs > 0) {
     TQ_RETURN_IF_ERROR(check_not_null("query_start_loc", args.query_start_loc));
     TQ_RETURN_IF_ERROR(check_not_null("seq_lens", args.seq_lens));
@@ -265,6 +280,10 @@ Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* o
   out->soft_cap = d.soft_cap;
   out->sliding_window = d.sliding_window;
   out->causal = args.causal == 1;
+  out->max_query_len = static_cast<int>(args.max_query_len > 0 ? std::min<int64_t>(args.max_query_len, args.num_tokens)
+                                                               : std::min<int64_t>(args.num_tokens, INT32_MAX));
+  out->spans = args.spans;
+  out->max_spans = args.max_spans;
   out->sinks = args.sinks;
   out->alibi_slopes = args.alibi_slopes;
   out->lse = args.lse;

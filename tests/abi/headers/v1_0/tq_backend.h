@@ -243,13 +243,19 @@ typedef struct TqAttendArgs {
   int32_t max_blocks_per_seq;
   float scale;
   int32_t causal; /* 1: position i sees j <= i; 0: every query sees the whole sequence (within its window) */
-  int32_t reserved;
+  int32_t max_query_len; /* upper bound of the sequences' query lengths; 0: not known, num_tokens is taken */
   const float* sinks;        /* [num_heads] or NULL */
   const float* alibi_slopes; /* [num_heads] or NULL */
   float* lse;                /* [num_tokens, num_heads] contiguous or NULL: natural log of the softmax denominator */
   void* workspace;           /* aligned to 64 bytes */
   uint64_t workspace_bytes;  /* >= workspace_size() */
   void* stream;
+  /* Bidirectional spans (images of a multimodal prefix), or NULL: [num_seqs, max_spans, 2] token positions [first, end)
+   * of the sequence, empty ones as [0, 0). A query within a span also sees all of that span, whatever the causal and
+   * window masks say. */
+  const int32_t* spans;
+  int32_t max_spans;
+  int32_t reserved;
 } TqAttendArgs;
 
 /* Decode tokens [first_token, first_token + num_tokens) of one sequence. key_out: [num_tokens, num_kv_heads, head_dim]
