@@ -207,11 +207,15 @@ int32_t api_query_counters(const TqBackend* backend, TqCounters* out, TqError* e
 int32_t api_check_layer(const TqBackend* backend, const TqLayerDesc* layer, uint64_t* unmet, TqError* error) {
   return guarded(error, [&]() -> Status {
     if (Status s = need_backend(backend); !s.ok()) return s;
-    return check_layer(layer, unmet);
+    return check_layer(*backend, layer, unmet);
   });
 }
 
 const char* api_unmet_reason(int32_t bit) { return unmet_reason(bit); }
+
+Status supported(const TqBackend& backend, const PagedCache& cache, int num_heads) {
+  return from_kernel(backend.kernels->supports(backend.state, cache.format, cache.layout, num_heads));
+}
 
 // The block size does not matter to the workspace; any valid one makes a layout.
 uint64_t workspace_bytes(const TqBackend& backend, const CheckedLayer& layer, int64_t num_tokens, int64_t num_seqs) {
@@ -229,6 +233,7 @@ int32_t api_workspace_size(const TqBackend* backend, const TqLayerDesc* layer, i
     if (num_seqs < 0) return invalid("num_seqs is " + std::to_string(num_seqs) + "; it must not be negative");
     CheckedLayer checked = {};
     if (Status s = check_layer_desc(layer, &checked); !s.ok()) return s;
+    if (Status s = layer_supported(*backend, checked); !s.ok()) return s;
     *bytes = workspace_bytes(*backend, checked, num_tokens, num_seqs);
     return {};
   });
@@ -239,6 +244,7 @@ int32_t api_store_kv(TqBackend* backend, const TqStoreKvArgs* args, TqError* err
     if (Status s = need_backend(backend); !s.ok()) return s;
     StoreParams params = {};
     if (Status s = check_store(args, backend->host_tables(), &params); !s.ok()) return s;
+    if (Status s = supported(*backend, params.cache, params.cache.layout.num_kv_heads); !s.ok()) return s;
     return from_kernel(backend->kernels->store_kv(backend->state, params));
   });
 }
@@ -249,6 +255,7 @@ int32_t api_attend(TqBackend* backend, const TqAttendArgs* args, TqError* error)
     AttendParams params = {};
     CheckedLayer layer = {};
     if (Status s = check_attend(args, backend->host_tables(), &params, &layer); !s.ok()) return s;
+    if (Status s = supported(*backend, params.cache, params.num_heads); !s.ok()) return s;
     const uint64_t needed = workspace_bytes(*backend, layer, params.num_tokens, params.num_seqs);
     if (params.workspace_bytes < needed) {
       return invalid("workspace_bytes is " + std::to_string(params.workspace_bytes) + "; this call needs at least " +
@@ -263,6 +270,7 @@ int32_t api_dequant_kv(TqBackend* backend, const TqDequantKvArgs* args, TqError*
     if (Status s = need_backend(backend); !s.ok()) return s;
     DequantParams params = {};
     if (Status s = check_dequant(args, backend->host_tables(), &params); !s.ok()) return s;
+    if (Status s = supported(*backend, params.cache, params.cache.layout.num_kv_heads); !s.ok()) return s;
     return from_kernel(backend->kernels->dequant_kv(backend->state, params));
   });
 }

@@ -149,7 +149,13 @@ Status query_counters(const TqBackend& backend, TqCounters* out) {
   return write_struct("out", counters, sizeof(TqCounters), out);
 }
 
-Status check_layer(const TqLayerDesc* layer, uint64_t* unmet) {
+Status layer_supported(const TqBackend& backend, const CheckedLayer& layer) {
+  const TqLayerDesc& d = layer.desc;
+  const PageLayout layout = make_page_layout(*layer.format, d.head_dim, d.head_dim_v, d.num_kv_heads, kAtomTokens);
+  return from_kernel(backend.kernels->supports(backend.state, *layer.format, layout, d.num_heads));
+}
+
+Status check_layer(const TqBackend& backend, const TqLayerDesc* layer, uint64_t* unmet) {
   if (unmet == nullptr) return invalid("unmet is NULL; it must point to a bit mask");
   TqLayerDesc d = {};
   if (Status s = read_struct("layer", layer, sizeof(TqLayerDesc), &d); !s.ok()) return s;
@@ -157,11 +163,18 @@ Status check_layer(const TqLayerDesc* layer, uint64_t* unmet) {
   for (size_t i = 0; i < std::size(kRequirements); ++i) {
     if (kRequirements[i].unmet(d)) bits |= uint64_t{1} << i;
   }
+  CheckedLayer checked = {};
+  if (bits == 0 && check_layer_desc(layer, &checked).ok() && !layer_supported(backend, checked).ok()) {
+    bits |= uint64_t{1} << std::size(kRequirements);
+  }
   *unmet = bits;
   return {};
 }
 
 const char* unmet_reason(int bit) {
+  if (bit == static_cast<int>(std::size(kRequirements))) {
+    return "The kernel library of this device does not serve the layer; workspace_size gives the reason.";
+  }
   return bit >= 0 && bit < static_cast<int>(std::size(kRequirements)) ? kRequirements[bit].reason : nullptr;
 }
 

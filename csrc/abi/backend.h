@@ -25,7 +25,8 @@ Status query_caps(const TqBackend& backend, TqCaps* out);
 Status query_counters(const TqBackend& backend, TqCounters* out);
 
 // Bits of check_layer: what a decoder layer may ask for that a backend cannot do.
-Status check_layer(const TqLayerDesc* layer, uint64_t* unmet);
+Status check_layer(const TqBackend& backend, const TqLayerDesc* layer, uint64_t* unmet);
+Status layer_supported(const TqBackend& backend, const CheckedLayer& layer);
 const char* unmet_reason(int bit);
 
 Status from_kernel(const KernelStatus& status);

@@ -114,6 +114,9 @@ struct KernelApi {
   void (*destroy)(DeviceState*);
   const char* (*device_name)(const DeviceState*);
   void (*counters)(const DeviceState*, KernelCounters* out);
+  // OK if the device serves this layer; otherwise UNIMPLEMENTED with one sentence. Asked at start-up, before a cache is
+  // made, and again by each call.
+  KernelStatus (*supports)(const DeviceState*, const Format&, const PageLayout&, int num_heads);
   uint64_t (*workspace_size)(const DeviceState*, const PageLayout&, int num_heads, int64_t num_tokens,
                              int64_t num_seqs);
   KernelStatus (*store_kv)(DeviceState*, const StoreParams&);

@@ -47,7 +47,7 @@ void run_grid(int count, uint32_t seed) {
     const Config config = random_config(rng);
     const uint32_t case_seed = rng();
     Case test(config, case_seed);
-    const double error = test.run_and_compare(device.get());
+    const double error = run_and_compare(test, device.get());
     ASSERT_LE(error, tolerance(config.dtype)) << "config " << i << ": " << config.describe();
   }
 }
@@ -103,10 +103,10 @@ TEST(AttendCpu, SplitKv) {
     Config c = simple_config(format.name, 1, 3001);
     c.sinks = true;
     CpuDevice device;
-    EXPECT_LE(Case(c, 1).run_and_compare(device.get()), tolerance(c.dtype)) << format.name;
+    EXPECT_LE(run_and_compare(Case(c, 1), device.get()), tolerance(c.dtype)) << format.name;
     c.window = 1500;
     c.query_lens = {5};
-    EXPECT_LE(Case(c, 2).run_and_compare(device.get()), tolerance(c.dtype)) << format.name;
+    EXPECT_LE(run_and_compare(Case(c, 2), device.get()), tolerance(c.dtype)) << format.name;
   }
 }
 
@@ -120,7 +120,7 @@ TEST(AttendCpu, CallersThreads) {
                         for (std::thread& t : threads) t.join();
                       }};
   CpuDevice device(&pool);
-  EXPECT_LE(Case(simple_config("turboquant_4bit_nc", 3, 3001), 3).run_and_compare(device.get()), 1e-3);
+  EXPECT_LE(run_and_compare(Case(simple_config("turboquant_4bit_nc", 3, 3001), 3), device.get()), 1e-3);
   EXPECT_GE(calls.load(), 2);
 }
 
@@ -132,7 +132,7 @@ TEST(AttendCpu, TwoThreadsShareOneBackend) {
     threads.emplace_back([&, i] {
       for (uint32_t j = 0; j < 5; ++j) {
         Case test(simple_config("turboquant_3bit_nc", 4, 700), 10 * i + j);
-        if (!(test.run_and_compare(device.get()) <= 1e-3)) ++bad;
+        if (!(run_and_compare(test, device.get()) <= 1e-3)) ++bad;
       }
     });
   }
@@ -145,14 +145,14 @@ TEST(AttendCpu, ChunkBoundariesDoNotMatter) {
   for (const Format& format : all_formats()) {
     CpuDevice device;
     Case whole(simple_config(format.name, 200, 200), 5);
-    EXPECT_LE(whole.run_and_compare(device.get()), 1e-3);
+    EXPECT_LE(run_and_compare(whole, device.get()), 1e-3);
     Case tail(simple_config(format.name, 30, 200), 5);
     const size_t row = 8 * 128 * sizeof(float);
     // Same pages, and the last 30 queries of the whole.
     std::memcpy(tail.pages.data(), whole.pages.data(), size_t(whole.num_blocks * whole.stride));
     tail.table = whole.table;
     std::memcpy(tail.query.data(), whole.query.data() + 170 * row, 30 * row);
-    EXPECT_LE(tail.run_and_compare(device.get()), 1e-3);
+    EXPECT_LE(run_and_compare(tail, device.get()), 1e-3);
     const float* a = reinterpret_cast<const float*>(whole.out.data() + 170 * row);
     const float* b = reinterpret_cast<const float*>(tail.out.data());
     for (int i = 0; i < 30 * 8 * 128; ++i) ASSERT_NEAR(a[i], b[i], 2e-4) << format.name;
@@ -167,7 +167,7 @@ TEST(AttendCpu, ExtremeScores) {
     for (size_t i = 0; i < test.query.size() / 4; ++i) q[i] *= scale;
     CpuDevice device;
     // At 1e4 a score is near 1e5 and the softmax a hard maximum: 15-bit queries resolve scores to 1e5 * 2^-15 there.
-    const double error = test.run_and_compare(device.get());
+    const double error = run_and_compare(test, device.get());
     if (scale < 1e4f) {
       EXPECT_LE(error, scale > 1 ? 0.2 : 1e-3);
     } else {
@@ -185,10 +185,10 @@ TEST(AttendCpu, BadQueryStaysInItsRow) {
     q[1 * 8 * 128 + 3 * 128 + 5] = NAN;
     q[2 * 8 * 128 + 6 * 128 + 7] = -INFINITY;
     CpuDevice device;
-    good.run_and_compare(device.get());
+    run_and_compare(good, device.get());
     const uint64_t bytes = cpu_kernels().workspace_size(device.get(), bad.layout, 8, 4, 1);
     AlignedBytes workspace(bytes);
-    ASSERT_EQ(cpu_kernels().attend(device.get(), bad.params(workspace, bytes)).code, 0);
+    ASSERT_EQ(cpu_kernels().attend(device.get(), bad.params(workspace.data(), bytes)).code, 0);
     const float* a = reinterpret_cast<const float*>(good.out.data());
     const float* b = reinterpret_cast<const float*>(bad.out.data());
     for (int i = 0; i < 4 * 8 * 128; ++i) {
@@ -203,9 +203,9 @@ TEST(AttendCpu, CountersCountWhatWasRead) {
   CpuDevice device;
   Config c = simple_config("turboquant_k8v4", 10, 50);
   c.window = 8;
-  Case(c, 1).run_and_compare(device.get());
+  run_and_compare(Case(c, 1), device.get());
   c.window = 0;
-  Case(c, 1).run_and_compare(device.get());
+  run_and_compare(Case(c, 1), device.get());
   const KernelCounters counters = device.counters();
   EXPECT_EQ(counters.attend_calls, 2u);
   EXPECT_EQ(counters.query_tokens, 20u);

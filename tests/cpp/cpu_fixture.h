@@ -1,24 +1,9 @@
-// cpu_fixture.h - a paged cache with random contents for tests of the CPU kernel library, and attention over it in
-// double.
+// cpu_fixture.h - the CPU kernel library, opened as the loader does, and one device of it.
 #pragma once
 
 #include <dlfcn.h>
-#include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <string>
-#include <vector>
-
-#include "codec/float_bits.h"
-#include "codec/hadamard.h"
-#include "kernels/kernels.h"
-#include "layout/reference_page.h"
+#include "attention_case.h"
 
 namespace tq::testing {
 
@@ -33,237 +18,6 @@ inline const KernelApi& cpu_kernels() {
   }();
   return *api;
 }
-
-// 64-byte aligned bytes.
-class AlignedBytes {
- public:
-  explicit AlignedBytes(size_t size, uint8_t fill = 0) : storage_(size + 64, fill) {}
-  uint8_t* data() {
-    const auto at = reinterpret_cast<uintptr_t>(storage_.data());
-    return reinterpret_cast<uint8_t*>((at + 63) / 64 * 64);
-  }
-
- private:
-  std::vector<uint8_t> storage_;
-};
-
-inline float to_float(Dtype dtype, const void* base, int64_t i) {
-  switch (dtype) {
-    case Dtype::kF32:
-      return static_cast<const float*>(base)[i];
-    case Dtype::kF16:
-      return fp16_to_float(static_cast<const uint16_t*>(base)[i]);
-    case Dtype::kBF16:
-      return bf16_to_float(static_cast<const uint16_t*>(base)[i]);
-  }
-  return 0;
-}
-
-inline void from_float(Dtype dtype, void* base, int64_t i, float x) {
-  switch (dtype) {
-    case Dtype::kF32:
-      static_cast<float*>(base)[i] = x;
-      break;
-    case Dtype::kF16:
-      static_cast<uint16_t*>(base)[i] = float_to_fp16(x);
-      break;
-    case Dtype::kBF16:
-      static_cast<uint16_t*>(base)[i] = float_to_bf16(x);
-      break;
-  }
-}
-
-inline size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
-
-// What one attend call is made of. Lengths are per sequence.
-struct Config {
-  const Format* format;
-  Dtype dtype;
-  int num_heads, num_kv_heads, head_dim, head_dim_v, block_size;
-  std::vector<int> query_lens, seq_lens;
-  bool causal = true;
-  int window = 0;
-  float soft_cap = 0;
-  bool sinks = false, alibi = false;
-
-  std::string describe() const {
-    std::string s = std::string(format->name) + " dtype " + std::to_string(static_cast<int>(dtype)) + " heads " +
-                    std::to_string(num_heads) + ":" + std::to_string(num_kv_heads) + " dim " +
-                    std::to_string(head_dim) + "/" + std::to_string(head_dim_v) + " block " +
-                    std::to_string(block_size) + (causal ? " causal" : " full") + " window " + std::to_string(window) +
-                    " cap " + std::to_string(soft_cap) + (sinks ? " sinks" : "") + (alibi ? " alibi" : "") + " lens";
-    for (size_t i = 0; i < seq_lens.size(); ++i) {
-      s += " " + std::to_string(query_lens[i]) + "/" + std::to_string(seq_lens[i]);
-    }
-    return s;
-  }
-};
-
-// Buffers of one call, filled with seeded noise; pages are written by the reference, in random order, between pages of
-// 0xff bytes (NaN norms), which a kernel must never let into a result.
-class Case {
- public:
-  Case(const Config& config, uint32_t seed) : c(config), rng(seed), pages(0) {
-    layout = make_page_layout(*c.format, c.head_dim, c.head_dim_v, c.num_kv_heads, c.block_size);
-    const int num_seqs = static_cast<int>(c.seq_lens.size());
-    start.push_back(0);
-    for (int q : c.query_lens) start.push_back(start.back() + q);
-    for (int n : c.seq_lens) max_blocks = std::max(max_blocks, (n + c.block_size - 1) / c.block_size);
-    num_blocks = num_seqs * max_blocks * 2 + 1;
-    stride = layout.page_bytes() + 48;  // block strides need not be the page size
-    pages = AlignedBytes(static_cast<size_t>(num_blocks * stride), 0xff);
-    std::vector<int32_t> order(static_cast<size_t>(num_blocks));
-    for (int i = 0; i < num_blocks; ++i) order[i] = i;
-    std::shuffle(order.begin(), order.end(), rng);
-    table.assign(order.begin(), order.begin() + num_seqs * max_blocks);
-
-    std::normal_distribution<float> normal;
-    auto noise = [&](int64_t count, float scale) {
-      std::vector<uint8_t> bytes(static_cast<size_t>(count) * dtype_bytes(c.dtype));
-      for (int64_t i = 0; i < count; ++i) from_float(c.dtype, bytes.data(), i, normal(rng) * scale);
-      return bytes;
-    };
-    query = noise(int64_t{start.back()} * c.num_heads * c.head_dim, 2.0f);
-    out.assign(static_cast<size_t>(start.back()) * c.num_heads * c.head_dim_v * dtype_bytes(c.dtype), 0xff);
-    lse.assign(static_cast<size_t>(start.back()) * c.num_heads, std::numeric_limits<float>::quiet_NaN());
-    for (int h = 0; h < c.num_heads; ++h) {
-      sinks.push_back(normal(rng) * 3);
-      slopes.push_back(std::exp2(-8.0f * static_cast<float>(h + 1) / static_cast<float>(c.num_heads)));
-    }
-    std::vector<float> key(c.head_dim), value(c.head_dim_v);
-    for (int s = 0; s < num_seqs; ++s) {
-      for (int t = 0; t < c.seq_lens[s]; ++t) {
-        for (int h = 0; h < c.num_kv_heads; ++h) {
-          for (float& x : key) x = normal(rng);
-          for (float& x : value) x = normal(rng) + 0.3f;
-          reference_store<float>(*c.format, layout, page(s, t), h, t % c.block_size, key.data(), value.data());
-        }
-      }
-    }
-  }
-
-  uint8_t* page(int seq, int token) { return pages.data() + table[seq * max_blocks + token / c.block_size] * stride; }
-
-  PagedCache cache() {
-    return {*c.format,    layout,     c.format->rotates_keys() ? &format_codebook(c.format->key_bits) : nullptr,
-            pages.data(), num_blocks, stride};
-  }
-
-  AttendParams params(AlignedBytes& workspace, uint64_t workspace_bytes) {
-    AttendParams p = {};
-    p.cache = cache();
-    p.dtype = c.dtype;
-    p.num_heads = c.num_heads;
-    p.num_seqs = static_cast<int>(c.seq_lens.size());
-    p.num_tokens = start.back();
-    p.query = query.data();
-    p.query_token_stride = int64_t{c.num_heads} * c.head_dim;
-    p.query_head_stride = c.head_dim;
-    p.out = out.data();
-    p.out_token_stride = int64_t{c.num_heads} * c.head_dim_v;
-    p.out_head_stride = c.head_dim_v;
-    p.query_start_loc = start.data();
-    p.seq_lens = c.seq_lens.data();
-    p.block_table = table.data();
-    p.block_table_stride = max_blocks;
-    p.scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
-    p.soft_cap = c.soft_cap;
-    p.sliding_window = c.window;
-    p.causal = c.causal;
-    p.sinks = c.sinks ? sinks.data() : nullptr;
-    p.alibi_slopes = c.alibi ? slopes.data() : nullptr;
-    p.lse = lse.data();
-    p.workspace = workspace.data();
-    p.workspace_bytes = workspace_bytes;
-    return p;
-  }
-
-  // Runs the kernel and compares every row with attention in double over the decoded cache. Returns the largest error
-  // relative to the row's largest output, over all rows; LSE is checked here.
-  double run_and_compare(DeviceState* device) {
-    const KernelApi& api = cpu_kernels();
-    const uint64_t bytes = api.workspace_size(device, layout, c.num_heads, start.back(), int64_t(c.seq_lens.size()));
-    AlignedBytes workspace(bytes, 0xff);
-    const KernelStatus status = api.attend(device, params(workspace, bytes));
-    EXPECT_EQ(status.code, 0) << status.message;
-    double worst = 0;
-    for (size_t s = 0; s < c.seq_lens.size(); ++s) worst = std::max(worst, compare_sequence(static_cast<int>(s)));
-    return worst;
-  }
-
-  Config c;
-  std::mt19937 rng;
-  PageLayout layout;
-  AlignedBytes pages;
-  int64_t num_blocks = 0, stride = 0;
-  int max_blocks = 1;
-  std::vector<int32_t> table, start;
-  std::vector<uint8_t> query, out;
-  std::vector<float> lse, sinks, slopes;
-
- private:
-  double compare_sequence(int s) {
-    const int n = c.seq_lens[s], m = c.query_lens[s], group = c.num_heads / c.num_kv_heads;
-    double worst = 0;
-    for (int kv = 0; kv < c.num_kv_heads && m > 0; ++kv) {
-      std::vector<double> k(static_cast<size_t>(n) * c.head_dim), v(static_cast<size_t>(n) * c.head_dim_v);
-      for (int t = 0; t < n; ++t) {
-        double* row = &k[size_t(t) * c.head_dim];
-        reference_load<double>(*c.format, layout, page(s, t), kv, t % c.block_size, row, &v[size_t(t) * c.head_dim_v]);
-        if (c.format->rotates_keys()) rotate(row, c.head_dim);  // back: the kernel rotates queries instead
-      }
-      for (int q = 0; q < m; ++q) {
-        for (int h = kv * group; h < (kv + 1) * group; ++h) worst = std::max(worst, compare_row(s, q, h, k, v));
-      }
-    }
-    return worst;
-  }
-
-  double compare_row(int s, int q, int h, const std::vector<double>& k, const std::vector<double>& v) {
-    const int n = c.seq_lens[s], position = n - c.query_lens[s] + q;
-    const int64_t token = start[s] + q;
-    std::vector<double> score(n, -INFINITY);
-    double max = c.sinks ? sinks[h] : -INFINITY;
-    bool any = false;
-    for (int t = 0; t < n; ++t) {
-      if ((c.causal && t > position) || (c.window > 0 && t <= position - c.window)) continue;
-      double x = 0;
-      for (int d = 0; d < c.head_dim; ++d) {
-        x +=
-            k[size_t(t) * c.head_dim + d] * to_float(c.dtype, query.data(), (token * c.num_heads + h) * c.head_dim + d);
-      }
-      x /= std::sqrt(double(c.head_dim));
-      if (c.soft_cap > 0) x = c.soft_cap * std::tanh(x / c.soft_cap);
-      if (c.alibi) x += slopes[h] * (t - position);
-      score[t] = x;
-      max = std::max(max, x);
-      any = true;
-    }
-    double sum = c.sinks ? std::exp(sinks[h] - max) : 0;
-    for (double x : score) sum += x == -INFINITY ? 0 : std::exp(x - max);
-    std::vector<double> want(c.head_dim_v);
-    for (int t = 0; t < n; ++t) {
-      if (score[t] == -INFINITY) continue;
-      for (int d = 0; d < c.head_dim_v; ++d)
-        want[d] += std::exp(score[t] - max) / sum * v[size_t(t) * c.head_dim_v + d];
-    }
-    double largest = 1e-30, error = 0;
-    for (double x : want) largest = std::max(largest, std::fabs(x));
-    for (int d = 0; d < c.head_dim_v; ++d) {
-      const double got = to_float(c.dtype, out.data(), (token * c.num_heads + h) * c.head_dim_v + d);
-      if (!(std::fabs(got - want[d]) <= 1e30)) return INFINITY;  // NaN
-      error = std::max(error, std::fabs(got - want[d]));
-    }
-    const double want_lse = any || c.sinks ? max + std::log(sum) : -INFINITY;
-    const double got_lse = lse[token * c.num_heads + h];
-    if (want_lse == -INFINITY) {
-      EXPECT_EQ(got_lse, -INFINITY);
-    } else {
-      EXPECT_NEAR(got_lse, want_lse, 2e-3 * std::max(1.0, std::fabs(want_lse))) << c.describe();
-    }
-    return error / largest;
-  }
-};
 
 class CpuDevice {
  public:
@@ -283,16 +37,20 @@ class CpuDevice {
   DeviceState* state_ = nullptr;
 };
 
+// Runs the case on the CPU kernels; see worst_error.
+template <class AnyCase>
+double run_and_compare(AnyCase&& test, DeviceState* device) {
+  const Config& c = test.c;
+  const uint64_t bytes = cpu_kernels().workspace_size(device, test.layout, c.num_heads, test.start.back(),
+                                                      static_cast<int64_t>(c.seq_lens.size()));
+  AlignedBytes workspace(bytes, 0xff);
+  const KernelStatus status = cpu_kernels().attend(device, test.params(workspace.data(), bytes));
+  EXPECT_EQ(status.code, 0) << status.message;
+  return test.worst_error();
+}
+
 // Largest error relative to the largest output of a row: float arithmetic with 15-bit queries and weights, and one
 // rounding of the output.
 inline double tolerance(Dtype dtype) { return dtype == Dtype::kF32 ? 1e-3 : dtype == Dtype::kF16 ? 2e-3 : 1e-2; }
-
-// The seed of a fuzz test: TQ_TEST_SEED if set, else fixed; always printed.
-inline uint32_t test_seed(uint32_t fallback) {
-  const char* text = std::getenv("TQ_TEST_SEED");
-  const uint32_t seed = text != nullptr ? static_cast<uint32_t>(std::strtoul(text, nullptr, 10)) : fallback;
-  std::printf("seed %u (TQ_TEST_SEED overrides)\n", seed);
-  return seed;
-}
 
 }  // namespace tq::testing

@@ -60,6 +60,9 @@ void counters(const DeviceState* s, KernelCounters* out) {
   *out = {s->store_calls, s->stored_tokens, s->attend_calls, s->query_tokens, s->compressed_kv_reads};
 }
 
+// Whatever csrc/abi lets through.
+KernelStatus supports(const DeviceState*, const Format&, const PageLayout&, int) { return {0, ""}; }
+
 KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
   return guarded([&] { return cpu_store_kv(state, p); });
 }
@@ -74,8 +77,8 @@ KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
 }
 
 constexpr KernelApi kApi = {
-    sizeof(KernelApi),   kBuildId,  kCpuDevice, &probe,      &create,     &destroy, &device_name, &counters,
-    &cpu_workspace_size, &store_kv, &attend,    &dequant_kv, &copy_pages,
+    sizeof(KernelApi), kBuildId,  kCpuDevice,          &probe,    &create, &destroy,    &device_name,
+    &counters,         &supports, &cpu_workspace_size, &store_kv, &attend, &dequant_kv, &copy_pages,
 };
 
 }  // namespace

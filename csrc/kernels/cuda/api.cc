@@ -1,0 +1,216 @@
+// api.cc - the one export of libtq_kernels_cuda.so: the private function table, and the device behind it.
+//
+// The CUDA runtime is linked statically and finds the driver by itself, so the library opens on a machine without one.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+
+#include "build_id.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/instances.h"
+
+namespace tq {
+namespace cuda {
+
+KernelStatus status_of(cudaError_t error, const char* what) {
+  KernelStatus status = {0, ""};
+  if (error == cudaSuccess) return status;
+  status.code = error == cudaErrorMemoryAllocation ? kResourceExhausted : kInternal;
+  std::snprintf(status.message, sizeof(status.message), "%s failed: %s (%s)", what, cudaGetErrorString(error),
+                cudaGetErrorName(error));
+  return status;
+}
+
+KernelStatus prepare(DeviceState* state, const void* function, int shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return {0, ""};
+  const std::lock_guard lock(state->mutex);
+  if (state->prepared.contains(function)) return {0, ""};
+  // The same limit whatever a call uses: the attribute is the kernel's, not the call's.
+  const cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, state->shared_limit);
+  if (error == cudaSuccess) state->prepared.insert(function);
+  return status_of(error, "raising a kernel's shared memory limit");
+}
+
+KernelStatus finish_launch(const DeviceState* state, cudaStream_t stream, cudaError_t launched, const char* what) {
+  if (launched != cudaSuccess) {
+    cudaGetLastError();  // a launch that was refused leaves no sticky error behind
+    return status_of(launched, what);
+  }
+  if (!state->synchronous) return {0, ""};
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &capturing) == cudaSuccess && capturing != cudaStreamCaptureStatusNone) {
+    return {0, ""};
+  }
+  return status_of(cudaStreamSynchronize(stream), what);
+}
+
+}  // namespace cuda
+
+namespace {
+
+using cuda::kUnavailable;
+using cuda::status_of;
+
+constexpr int kCudaDevice = 2;  // TQ_DEVICE_CUDA
+
+KernelStatus unavailable(const char* format, const char* detail) {
+  KernelStatus status = {kUnavailable, ""};
+  std::snprintf(status.message, sizeof(status.message), format, detail);
+  return status;
+}
+
+// Whether a device can run this library's kernels: asked of a kernel, not of a version number.
+KernelStatus check_device(int index) {
+  cudaDeviceProp properties;
+  if (const cudaError_t e = cudaGetDeviceProperties(&properties, index); e != cudaSuccess) {
+    cudaGetLastError();
+    return unavailable("the CUDA device cannot be asked for its properties: %s", cudaGetErrorString(e));
+  }
+  if (properties.major * 10 + properties.minor < 75) {
+    char text[64];
+    std::snprintf(text, sizeof(text), "%d.%d", properties.major, properties.minor);
+    return unavailable("the CUDA device has compute capability %s; the kernels need 7.5 (Turing) or newer", text);
+  }
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(index);
+  cudaFuncAttributes attributes;
+  const cudaError_t e = cudaFuncGetAttributes(&attributes, cuda::copy_pages_function());
+  cudaGetLastError();
+  cudaSetDevice(before);
+  if (e != cudaSuccess) {
+    return unavailable("this build of the CUDA kernels does not run on this device or driver: %s", cudaGetErrorString(e));
+  }
+  return {0, ""};
+}
+
+// Asked in processes that will fork, where the CUDA driver must not be initialised: through NVML, which is safe, or by
+// device files where there is none.
+KernelStatus probe() {
+  if (dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL) == nullptr) {
+    return unavailable("no CUDA device can be used here: %s", "the driver library libcuda.so.1 is not installed");
+  }
+  void* nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (nvml == nullptr) {
+    const bool device = access("/dev/nvidia0", F_OK) == 0 || access("/dev/dxg", F_OK) == 0;
+    return device ? KernelStatus{0, ""} : unavailable("no CUDA device can be used here: %s", "there is no /dev/nvidia0");
+  }
+  const auto init = reinterpret_cast<int (*)()>(dlsym(nvml, "nvmlInit_v2"));
+  const auto shutdown = reinterpret_cast<int (*)()>(dlsym(nvml, "nvmlShutdown"));
+  const auto device_count = reinterpret_cast<int (*)(unsigned*)>(dlsym(nvml, "nvmlDeviceGetCount_v2"));
+  const auto driver = reinterpret_cast<int (*)(int*)>(dlsym(nvml, "nvmlSystemGetCudaDriverVersion_v2"));
+  if (init == nullptr || shutdown == nullptr || device_count == nullptr || driver == nullptr || init() != 0) {
+    return unavailable("no CUDA device can be used here: %s", "the driver's management library does not start");
+  }
+  unsigned count = 0;
+  int version = 0;
+  device_count(&count);
+  driver(&version);
+  shutdown();
+  if (count == 0) return unavailable("no CUDA device can be used here: %s", "the driver reports none");
+  if (version / 1000 < CUDART_VERSION / 1000) {
+    char text[96];
+    std::snprintf(text, sizeof(text), "the driver supports CUDA %d.%d, this build needs %d.0 or newer", version / 1000,
+                  version % 1000 / 10, CUDART_VERSION / 1000);
+    return unavailable("no CUDA device can be used here: %s", text);
+  }
+  return {0, ""};
+}
+
+void destroy(DeviceState* state) {
+  if (state == nullptr) return;
+  cudaFree(state->counters);
+  delete state;
+}
+
+KernelStatus create(int device_index, const ParallelFor*, DeviceState** out) {
+  int count = 0;
+  if (const cudaError_t e = cudaGetDeviceCount(&count); e != cudaSuccess) {
+    return unavailable("no CUDA device can be used here: %s", cudaGetErrorString(e));
+  }
+  if (device_index >= count) {
+    char text[96];
+    std::snprintf(text, sizeof(text), "device_index is %d; this machine has %d CUDA devices", device_index, count);
+    return unavailable("%s", text);
+  }
+  if (const KernelStatus s = check_device(device_index); s.code != 0) return s;
+  std::unique_ptr<DeviceState> state;
+  try {
+    state = std::make_unique<DeviceState>();
+  } catch (const std::exception&) {
+    return {cuda::kResourceExhausted, "host memory is exhausted"};
+  }
+  cudaDeviceProp properties;
+  cudaGetDeviceProperties(&properties, device_index);
+  state->index = device_index;
+  std::snprintf(state->name, sizeof(state->name), "%.40s (sm_%d%d)", properties.name, properties.major, properties.minor);
+  state->multiprocessors = properties.multiProcessorCount;
+  state->shared_limit = static_cast<int>(properties.sharedMemPerBlockOptin) - 2048;  // static shared memory
+  state->bulk_copies = properties.major >= 9;
+  const char* sync = std::getenv("TQ_SYNC");
+  state->synchronous = sync != nullptr && std::strcmp(sync, "1") == 0;
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(device_index);
+  const size_t bytes = sizeof(int) * DeviceState::kCounterSets * state->multiprocessors;
+  cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&state->counters), bytes);
+  if (error == cudaSuccess) error = cudaMemset(state->counters, 0, bytes);
+  if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  cudaSetDevice(before);
+  if (error != cudaSuccess) return status_of(error, "allocating the CUDA backend's counters");
+  *out = state.release();
+  return {0, ""};
+}
+
+const char* device_name(const DeviceState* state) { return state->name; }
+
+void counters(const DeviceState* s, KernelCounters* out) {
+  // What a query read depends on lengths in device memory, which no call reads back: not counted here.
+  *out = {s->store_calls, s->stored_tokens, s->attend_calls, s->query_tokens, 0};
+}
+
+// No exception leaves the library.
+template <class F>
+KernelStatus on_device(DeviceState* state, F&& f) noexcept {
+  int before = 0;
+  cudaGetDevice(&before);
+  if (before != state->index) cudaSetDevice(state->index);
+  KernelStatus status;
+  try {
+    status = f();
+  } catch (const std::exception&) {
+    status = {cuda::kResourceExhausted, "host memory is exhausted"};
+  }
+  if (before != state->index) cudaSetDevice(before);
+  return status;
+}
+
+KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
+  return on_device(state, [&] { return cuda::store_kv(state, p); });
+}
+KernelStatus attend(DeviceState* state, const AttendParams& p) {
+  return on_device(state, [&] { return cuda::attend(state, p); });
+}
+KernelStatus dequant_kv(DeviceState* state, const DequantParams& p) {
+  return on_device(state, [&] { return cuda::dequant_kv(state, p); });
+}
+KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
+  return on_device(state, [&] { return cuda::copy_pages(state, p); });
+}
+
+constexpr KernelApi kApi = {
+    sizeof(KernelApi), kBuildId,        kCudaDevice,           &probe,    &create, &destroy,    &device_name,
+    &counters,         &cuda::supports, &cuda::workspace_size, &store_kv, &attend, &dequant_kv, &copy_pages,
+};
+
+}  // namespace
+}  // namespace tq
+
+extern "C" __attribute__((visibility("default"))) const tq::KernelApi* tq_kernels_get_api() { return &tq::kApi; }

@@ -1,0 +1,111 @@
+// ptx.cuh - the single instructions that C++ has no word for: byte permute, exponent, copies into shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace tq::cuda {
+
+#define TQ_DEVICE __device__ __forceinline__
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define TQ_HAS_BULK_COPY 1
+#else
+#define TQ_HAS_BULK_COPY 0
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define TQ_HAS_ASYNC_COPY 1
+#else
+#define TQ_HAS_ASYNC_COPY 0
+#endif
+
+// Byte i of the result is byte (selector nibble i & 7) of {b, a}; a nibble with its top bit set gives that byte's sign.
+TQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
+
+// (a & mask) | bits in one instruction; the compiler splits it when it sees bits as a constant.
+template <uint32_t kMask>
+TQ_DEVICE uint32_t mask_or(uint32_t a, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "n"(kMask), "r"(bits));
+  return r;
+}
+
+TQ_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+TQ_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A constant in a register that the compiler does not know to be one.
+TQ_DEVICE uint32_t opaque(uint32_t x) {
+  uint32_t r;
+  asm volatile("mov.b32 %0, %1;" : "=r"(r) : "r"(x));
+  return r;
+}
+
+TQ_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// One slot of a ring in shared memory that one warp fills and reads by itself.
+//   Hopper: one bulk copy and one transaction barrier; Ampere: 16-byte asynchronous copies; before: plain copies.
+#if TQ_HAS_BULK_COPY
+TQ_DEVICE void ring_init(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+TQ_DEVICE void ring_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+TQ_DEVICE void ring_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+// Called by one lane.
+TQ_DEVICE void ring_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+TQ_DEVICE void ring_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nWAIT_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE_%=;\nbra WAIT_%=;\nDONE_%=:\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+#endif
+
+// 16 bytes, global to shared, by this thread; complete after async_copy_wait<0>() and a barrier.
+TQ_DEVICE void async_copy_16(void* to, const void* from) {
+#if TQ_HAS_ASYNC_COPY
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+#else
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
+}
+TQ_DEVICE void async_copy_commit() {
+#if TQ_HAS_ASYNC_COPY
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int kPending>
+TQ_DEVICE void async_copy_wait() {
+#if TQ_HAS_ASYNC_COPY
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+}  // namespace tq::cuda

@@ -1,0 +1,88 @@
+// codes.cuh - from packed codes to numbers, 8 or 16 at a time. A "unit" is 16 consecutive dimensions of a row.
+//
+//   4 bits  two words; nibble i of word w is dimension 8w + i.
+//   3 bits  after unpacking the planes two words too, but nibble i of word g is dimension 2i + g (page_layout.h).
+#pragma once
+
+#include "kernels/cuda/arch/ptx.cuh"
+#include "kernels/cuda/device_book.h"
+
+namespace tq::cuda {
+
+// Eight nibbles to eight offset levels, nibbles 0-3 in lo, 4-7 in hi. With a nibble's top bit set a byte permute gives
+// the sign of a table byte, which is 0; so the two halves of a 16-entry table can be looked up apart and joined by OR.
+template <int kBits>
+TQ_DEVICE void levels_of_nibbles(const DeviceBook& book, uint32_t w, uint32_t& lo, uint32_t& hi) {
+  if constexpr (kBits == 4) {
+    const uint32_t x = w ^ 0x88888888u;
+    lo = byte_permute(book.bytes[0], book.bytes[1], w) | byte_permute(book.bytes[2], book.bytes[3], x);
+    hi = byte_permute(book.bytes[0], book.bytes[1], w >> 16) | byte_permute(book.bytes[2], book.bytes[3], x >> 16);
+  } else {
+    lo = byte_permute(book.bytes[0], book.bytes[1], w);
+    hi = byte_permute(book.bytes[0], book.bytes[1], w >> 16);
+  }
+}
+
+// 3 bits: 16 codes of the low plane and the unit's high bits, high = bit 4i + g, to nibbles of even and odd dimensions.
+TQ_DEVICE void join_planes(uint32_t low, uint32_t high, uint32_t& even, uint32_t& odd) {
+  even = (low & 0x33333333u) | ((high << 2) & 0x44444444u);
+  odd = ((low >> 2) & 0x33333333u) | ((high << 1) & 0x44444444u);
+}
+
+// High bits of a trailing half unit (head_dim % 32 == 16), natural order, to the order of the others: bit d to 4(d/2) +
+// d%2.
+TQ_DEVICE uint32_t spread_high(uint32_t x) {
+  x = (x | x << 8) & 0x00FF00FFu;
+  x = (x | x << 4) & 0x0F0F0F0Fu;
+  return (x | x << 2) & 0x33333333u;
+}
+TQ_DEVICE uint32_t gather_high(uint32_t x) {  // the inverse
+  x &= 0x33333333u;
+  x = (x | x >> 2) & 0x0F0F0F0Fu;
+  x = (x | x >> 4) & 0x00FF00FFu;
+  return (x | x >> 8) & 0xFFFFu;
+}
+
+// Where 3-bit rows of odd multiples of 16 lie, only 2-byte loads are aligned.
+TQ_DEVICE uint32_t load_u32_by_halves(const uint8_t* p) {
+  const uint16_t* h = reinterpret_cast<const uint16_t*>(p);
+  return h[0] | uint32_t{h[1]} << 16;
+}
+
+// The two words of nibbles of a unit of a row of dim dimensions. kAligned: dim is a multiple of 32, so rows are words.
+template <int kBits, bool kAligned>
+TQ_DEVICE void load_unit(const uint8_t* row, int unit, int dim, uint32_t& w0, uint32_t& w1) {
+  if constexpr (kBits == 4) {
+    const uint32_t* p = reinterpret_cast<const uint32_t*>(row + 8 * unit);
+    w0 = p[0];
+    w1 = p[1];
+  } else {
+    const uint8_t* plane = row + dim / 4 + (unit >> 1) * 4;
+    uint32_t low, high;
+    if constexpr (kAligned) {
+      low = *reinterpret_cast<const uint32_t*>(row + 4 * unit);
+      high = *reinterpret_cast<const uint32_t*>(plane) >> (2 * (unit & 1));
+      return join_planes(low, high, w0, w1);
+    }
+    low = load_u32_by_halves(row + 4 * unit);
+    if (16 * unit + 16 == dim && (unit & 1) == 0) {
+      high = spread_high(*reinterpret_cast<const uint16_t*>(plane));
+    } else {
+      high = load_u32_by_halves(plane) >> (2 * (unit & 1));
+    }
+    join_planes(low, high, w0, w1);
+  }
+}
+
+// Dimension within its unit of nibble i of word w.
+template <int kBits>
+TQ_DEVICE constexpr int nibble_dim(int w, int i) {
+  return kBits == 4 ? 8 * w + i : 2 * i + w;
+}
+
+// Two e4m3 bytes, each in the upper half of a 16-bit lane, to two fp16 numbers of 1/256 their value: exponent and
+// mantissa move down by one bit, and e4m3's bias is 8 less than fp16's. Exact, subnormals too; the same on every device.
+constexpr float kFp8Scale = 256.0f;
+TQ_DEVICE uint32_t half2_of_fp8(uint32_t upper) { return ((upper >> 1) & 0x3F803F80u) | (upper & 0x80008000u); }
+
+}  // namespace tq::cuda

@@ -1,0 +1,11 @@
+// decode_k3v3.cu - the decode kernels of one preset.
+#include "kernels/cuda/decode_instances.cuh"
+
+namespace tq::cuda {
+
+std::span<const DecodeInstance> decode_k3v3() {
+  static const auto table = decode_table<K3V3>();
+  return table;
+}
+
+}  // namespace tq::cuda

@@ -1,0 +1,220 @@
+// decode_merge.cuh - from partial results of rows to outputs: within a CTA through shared memory, across CTAs through
+// the workspace, where the last CTA to arrive merges. The order of summation is fixed, so results repeat bit for bit.
+//
+// A partial result ("dump") of a row is, per query column, kDim unnormalised outputs, then the reference (log2) and the
+// sum of weights relative to it.
+#pragma once
+
+#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/schedule.cuh"
+#include "kernels/cuda/scores.cuh"
+
+namespace tq::cuda {
+
+// Where the columns of a row go.
+struct OutputRow {
+  int q_start, head, first_column, columns;
+};
+
+TQ_DEVICE OutputRow output_row(const DecodeParams& p, const Cursor& c, int columns) {
+  const int kv_heads = p.attend.cache.layout.num_kv_heads, group = p.attend.num_heads / kv_heads;
+  const int first = c.row / kv_heads * columns;
+  return {c.q.q_start, c.row % kv_heads, first, min(columns, c.q.q_len * group - first)};
+}
+
+// What a warp leaves behind besides finished rows. A row is named by its first tile on the line; -1: none.
+struct Fragment {
+  int first, first_end;  // began in an earlier warp and ended within this one: in p.first
+  int last, last_end;    // reached the end of the stretch: in the warp's ring
+  OutputRow first_row, last_row;
+};
+
+template <class C>
+__host__ __device__ constexpr int ring_size(int slots, int atom_bytes) {
+  const int ring = slots * C::kAtoms * atom_bytes;
+  const int dump = C::kColumns * C::kDumpPitch * static_cast<int>(sizeof(float));
+  return ((ring > dump ? ring : dump) + 127) / 128 * 128;
+}
+
+// A column of several dumps, combined; the lanes share the dimensions.
+template <class C>
+struct Combined {
+  static constexpr int kChunks = (C::kDim + 127) / 128;
+  float4 out[kChunks];
+  float reference, sum;
+
+  TQ_DEVICE static bool holds(int chunk, int lane) { return 128 * chunk + 4 * lane < C::kDim; }
+
+  // source(i): column i of count, count > 0. kRemote: other CTAs wrote it, so not through this one's L1 cache.
+  template <bool kRemote, class Source>
+  TQ_DEVICE void gather(int count, int lane, const Source& source) {
+    auto load = [](const float* x) { return kRemote ? __ldcg(x) : *x; };
+    reference = -INFINITY;
+    for (int i = lane; i < count; i += 32) reference = fmaxf(reference, load(source(i) + C::kDim));
+    reference = reduce_row<32>(reference, [](float a, float b) { return fmaxf(a, b); });
+    sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) out[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      const float* from = source(i);
+      const float f = exp2_approx(load(from + C::kDim) - reference);
+      sum = fmaf(f, load(from + C::kDim + 1), sum);
+#pragma unroll
+      for (int k = 0; k < kChunks; ++k) {
+        if (!holds(k, lane)) continue;
+        const auto* at = reinterpret_cast<const float4*>(from + 128 * k + 4 * lane);
+        const float4 x = kRemote ? __ldcg(at) : *at;
+        out[k].x = fmaf(f, x.x, out[k].x);
+        out[k].y = fmaf(f, x.y, out[k].y);
+        out[k].z = fmaf(f, x.z, out[k].z);
+        out[k].w = fmaf(f, x.w, out[k].w);
+      }
+    }
+  }
+
+  TQ_DEVICE void write(float* column, int lane) const {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      if (holds(k, lane)) *reinterpret_cast<float4*>(column + 128 * k + 4 * lane) = out[k];
+    }
+    if (lane == 0) {
+      column[C::kDim] = reference;
+      column[C::kDim + 1] = sum;
+    }
+  }
+
+  TQ_DEVICE void finish(const DecodeParams& p, const OutputRow& row, int n, int lane) {
+    const AttendParams& a = p.attend;
+    const int group = a.num_heads / a.cache.layout.num_kv_heads;
+    const int column = row.first_column + n;
+    const int64_t token = row.q_start + column / group;
+    const int head = row.head * group + column % group;
+    float f = 1.0f;
+    if (a.sinks != nullptr) {
+      const float sink = a.sinks[head] * kLog2e;
+      const float higher = fmaxf(reference, sink);
+      f = exp2_approx(reference - higher);
+      sum = fmaf(sum, f, exp2_approx(sink - higher));
+      reference = higher;
+    }
+    const float scale = sum == 0.0f ? 0.0f : f / sum;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      const int d = 128 * k + 4 * lane;
+      if (d >= a.cache.layout.head_dim_v) continue;
+      const float4 x = make_float4(out[k].x * scale, out[k].y * scale, out[k].z * scale, out[k].w * scale);
+      store_4(a.dtype, a.out, token * a.out_token_stride + head * a.out_head_stride + d, x, p.vector_out);
+    }
+    if (a.lse != nullptr && lane == 0) {
+      a.lse[token * a.num_heads + head] = sum == 0.0f ? -INFINITY : kLn2 * (reference + log2f(sum));
+    }
+  }
+};
+
+// A row that crosses the CTA's borders.
+struct OpenRow {
+  int begin, end;
+  OutputRow row;
+};
+
+// Merges one row's partial results of all CTAs; by the whole CTA, whose shared memory is free.
+template <class C>
+TQ_DEVICE void merge_row(const DecodeParams& p, const OpenRow& open, int quota, uint8_t* smem, int warp, int warps,
+                         int lane) {
+  const int owner = open.begin / quota, count = (open.end - 1) / quota - owner + 1;
+  constexpr int kDumpFloats = C::kColumns * C::kDumpPitch;
+  // Slot 1 of the CTA where the row begins, slot 0 of the others.
+  auto source = [&](int c, int n) {
+    return p.partial + ((owner + c) * 2 + (c == 0 ? 1 : 0)) * int64_t{kDumpFloats} + n * C::kDumpPitch;
+  };
+  const int parts = max(1, min(warps / open.row.columns, (count + 3) / 4));
+  if (parts == 1) {
+    for (int n = warp; n < open.row.columns; n += warps) {
+      Combined<C> c;
+      c.template gather<true>(count, lane, [&](int i) { return source(i, n); });
+      c.finish(p, open.row, n, lane);
+    }
+    return;
+  }
+  // Several warps share a column: part k takes contributors k, k + parts, ...
+  auto* stage = reinterpret_cast<float*>(smem);
+  if (warp < parts * open.row.columns) {
+    const int n = warp / parts, k = warp % parts;
+    Combined<C> c;
+    c.template gather<true>((count - k + parts - 1) / parts, lane, [&](int i) { return source(k + i * parts, n); });
+    c.write(stage + warp * C::kDumpPitch, lane);
+  }
+  __syncthreads();
+  for (int n = warp; n < open.row.columns; n += warps) {
+    Combined<C> c;
+    c.template gather<false>(parts, lane, [&](int i) { return stage + (n * parts + i) * C::kDumpPitch; });
+    c.finish(p, open.row, n, lane);
+  }
+  __syncthreads();
+}
+
+template <class C>
+TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8_t* smem, int ring_bytes, int cta_begin,
+                         int cta_end, int quota, int warp, int warps, int lane) {
+  constexpr int kDumpFloats = C::kColumns * C::kDumpPitch;
+  __shared__ OpenRow open[2];
+  if (threadIdx.x < 2) open[threadIdx.x].begin = -1;
+  __syncthreads();
+  int task = 0;
+  for (int g = -1; g < warps; ++g) {
+    int begin, end, members = 0;
+    OutputRow row;
+    if (g < 0) {
+      if (fragments[0].first < 0) continue;
+      begin = fragments[0].first, end = fragments[0].first_end, row = fragments[0].first_row;
+    } else {
+      if (fragments[g].last < 0 || (g > 0 && fragments[g - 1].last == fragments[g].last)) continue;
+      begin = fragments[g].last, end = fragments[g].last_end, row = fragments[g].last_row;
+      while (g + members < warps && fragments[g + members].last == begin) ++members;
+    }
+    const int tail = g + members + (g < 0 ? 1 : 0);  // the warp in which the row may have ended
+    const bool has_tail = tail < warps && fragments[tail].first == begin;
+    const float* tail_dump = p.first + (int64_t{blockIdx.x} * warps + tail) * kDumpFloats;
+    const bool complete = begin >= cta_begin && end <= cta_end;
+    const int slot = begin < cta_begin ? 0 : 1;
+    for (int n = 0; n < row.columns; ++n) {
+      if (task++ % warps != warp) continue;
+      auto source = [&](int i) {
+        const float* dump = i < members ? reinterpret_cast<const float*>(smem + (g + i) * ring_bytes) : tail_dump;
+        return dump + n * C::kDumpPitch;
+      };
+      Combined<C> c;
+      c.template gather<false>(members + (has_tail ? 1 : 0), lane, source);
+      if (complete) {
+        c.finish(p, row, n, lane);
+      } else {
+        c.write(p.partial + (blockIdx.x * 2 + slot) * int64_t{kDumpFloats} + n * C::kDumpPitch, lane);
+      }
+    }
+    if (!complete && threadIdx.x == 0) open[slot] = {begin, end, row};
+  }
+  __shared__ bool arrived_last[2];
+  __threadfence();
+  __syncthreads();
+  if (open[0].begin < 0 && open[1].begin < 0) return;
+  if (threadIdx.x < 2) {
+    const OpenRow row = open[threadIdx.x];
+    bool last = false;
+    if (row.begin >= 0) {
+      // A CTA has at most one row that begins in it and goes on: its counter is that row's.
+      const int owner = row.begin / quota, count = (row.end - 1) / quota - owner + 1;
+      last = atomicAdd(p.counters + owner, 1) == count - 1;
+      if (last) p.counters[owner] = 0;
+    }
+    arrived_last[threadIdx.x] = last;
+    __threadfence();
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (arrived_last[k]) merge_row<C>(p, open[k], quota, smem, warp, warps, lane);
+  }
+}
+
+}  // namespace tq::cuda

@@ -1,0 +1,32 @@
+// device_book.h - a codebook as the kernels take it, by value: levels as bytes for byte permutes, and thresholds.
+#pragma once
+
+#include <cstdint>
+
+#include "codec/lloyd_max.h"
+
+namespace tq::cuda {
+
+constexpr int kLevelOffset = 64;  // levels lie within +-63, so offset bytes are in [1, 127]: never a sign bit
+
+struct DeviceBook {
+  uint32_t bytes[4];  // level + 64 of code i in byte i
+  float unit;         // 1 / scale: a level's value in standard deviations
+  float midpoints[8]; // of the positive half, ascending: codes of |x|
+  int half;           // codes on one side of zero
+};
+
+// null (FP8 keys) gives zeros.
+inline DeviceBook make_device_book(const Codebook* book) {
+  DeviceBook out = {};
+  if (book == nullptr) return out;
+  for (int i = 0; i < book->num_levels; ++i) {
+    out.bytes[i / 4] |= static_cast<uint32_t>(book->levels[i] + kLevelOffset) << (8 * (i % 4));
+  }
+  out.unit = 1.0f / book->scale;
+  out.half = book->num_levels / 2;
+  for (int i = 0; i + 1 < out.half; ++i) out.midpoints[i] = book->midpoints[out.half + i];
+  return out;
+}
+
+}  // namespace tq::cuda

@@ -1,0 +1,165 @@
+// key_tile.cuh - scores of 16 tokens (one atom) for NT x 8 query columns: S^T = K q, keys on the M side of the matrix
+// product so that the few query columns of a decode step fill its N = 8.
+//
+// MMA row r is not token r: see token_row. The k order is that of a lane's own words, for keys and query alike, so that
+// codes feed the matrix unit as they come out of memory.
+#pragma once
+
+#include "kernels/cuda/arch/mma.cuh"
+#include "kernels/cuda/atom.cuh"
+#include "kernels/cuda/codes.cuh"
+#include "kernels/cuda/elements.cuh"
+
+namespace tq::cuda {
+
+// Token of the atom in MMA row r (upper = false) or r + 8. A lane's two tokens are a pair {2i, 2i + 1}, so that norm,
+// scale and zero come with one load each; rows of one shared-memory phase alternate in parity, for keys (rows r, r + 1)
+// and values (rows 2t of t = 0..3) alike, which keeps their bank conflicts low.
+TQ_DEVICE int token_parity(int r) { return (r ^ (r >> 1)) & 1; }
+TQ_DEVICE int token_row(int r, bool upper) { return 2 * r + (token_parity(r) ^ (upper ? 1 : 0)); }
+
+// 2^23 * 1.5: an integer n added to its bits is the float with n added to its value, for |n| < 2^22.
+constexpr int kFloatMagicBits = 0x4B400000;
+constexpr float kFloatMagic = 12582912.0f;
+
+// Query columns in shared memory, one row each: Lloyd-Max keys take two planes of signed bytes, q = (hi + lo / 256) * unit,
+// FP8 keys fp16. kDim elements, zero beyond the head dimension; the pitch avoids bank conflicts.
+template <class F, int kDim>
+struct QueryRow {
+  static constexpr bool kIsInt8 = F::kKeyBits != 8;
+  static constexpr int kPlaneBytes = kDim;
+  static constexpr int kBytes = 2 * kDim + 16;  // two byte planes or one of fp16, and padding
+  // Position of dimension d within a plane.
+  TQ_DEVICE static int position(int d) {
+    return F::kKeyBits == 3 ? (d & ~15) + (d & 1) * 8 + ((d & 15) >> 1) : d;
+  }
+};
+
+// What scales and centres the scores of a lane's two columns of each column tile.
+template <int NT>
+struct QueryScale {
+  float unit[NT][2];    // times sum of (level * plane values) = score in log2 units
+  int bias[NT][2][2];   // start of the accumulators of the two planes
+};
+
+template <class F, int kDim, bool kExact>
+struct KeyTile {
+  using Shape = AtomShape<F, kDim, kExact>;
+  static constexpr bool kIsInt8 = F::kKeyBits != 8;
+  static constexpr int kSteps = kIsInt8 ? kDim / 32 : kDim / 16;  // matrix steps
+  static constexpr int kPlanes = kIsInt8 ? 2 : 1;
+  static constexpr bool kPairedUnits = kExact && kDim % 128 == 0;  // 3 bits: a lane's units are neighbours
+  static constexpr int kWordsPerLoad = F::kKeyBits == 8 ? 4 : !kExact ? 1 : kDim % 128 == 0 ? 4 : kDim % 64 == 0 ? 2 : 1;
+
+  // Byte position, within a plane of the query row, of the first B register of a step; the second is next to it.
+  TQ_DEVICE static int query_offset(int step, int t) {
+    if constexpr (F::kKeyBits == 3) {
+      const int j = step >> 1;
+      const int unit = kPairedUnits ? 2 * (4 * (j >> 1) + t) + (j & 1) : 4 * j + t;
+      return 16 * unit + 8 * (step & 1);
+    } else {
+      return 8 * ((step / kWordsPerLoad * 4 + t) * kWordsPerLoad + step % kWordsPerLoad);
+    }
+  }
+  TQ_DEVICE static uint2 query_words(const uint8_t* row, int plane, int step, int t) {
+    return *reinterpret_cast<const uint2*>(row + plane * QueryRow<F, kDim>::kPlaneBytes + query_offset(step, t));
+  }
+
+  // The packed words of one key row that lane t needs, kSteps of them.
+  TQ_DEVICE static void load(const Shape& shape, const uint8_t* row, int t, uint32_t (&w)[kSteps]) {
+    if constexpr (F::kKeyBits == 3) {
+#pragma unroll
+      for (int j = 0; j < kSteps / 2; ++j) {
+        if constexpr (kPairedUnits) {
+          if (j % 2 == 0) {
+            const int unit = 2 * (4 * (j / 2) + t);
+            const uint2 low = *reinterpret_cast<const uint2*>(row + 4 * unit);
+            const uint32_t high = *reinterpret_cast<const uint32_t*>(row + kDim / 4 + 2 * unit);
+            join_planes(low.x, high, w[2 * j], w[2 * j + 1]);
+            join_planes(low.y, high >> 2, w[2 * j + 2], w[2 * j + 3]);
+          }
+        } else {
+          load_unit<3, kExact>(row, 4 * j + t, shape.head_dim(), w[2 * j], w[2 * j + 1]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSteps / kWordsPerLoad; ++j) {
+        const uint8_t* p = row + (j * 4 + t) * 4 * kWordsPerLoad;
+        if constexpr (kWordsPerLoad == 4) {
+          const uint4 v = *reinterpret_cast<const uint4*>(p);
+          w[4 * j] = v.x, w[4 * j + 1] = v.y, w[4 * j + 2] = v.z, w[4 * j + 3] = v.w;
+        } else if constexpr (kWordsPerLoad == 2) {
+          const uint2 v = *reinterpret_cast<const uint2*>(p);
+          w[2 * j] = v.x, w[2 * j + 1] = v.y;
+        } else {
+          w[j] = *reinterpret_cast<const uint32_t*>(p);
+        }
+      }
+    }
+  }
+
+  // s[nt][0..3]: scores, in units of QueryScale::unit, of token_row(r, false) for columns 2t and 2t + 1 and of
+  // token_row(r, true). query(nt, plane, step) gives the two B registers.
+  template <int NT, class Query>
+  TQ_DEVICE static void scores(const Shape& shape, const DeviceBook& book, const uint8_t* atom, int r, int t,
+                               const QueryScale<NT>& q, const Query& query, float (&s)[NT][4]) {
+    uint32_t w0[kSteps], w1[kSteps];
+    load(shape, atom + token_row(r, false) * shape.key_row_bytes(), t, w0);
+    load(shape, atom + token_row(r, true) * shape.key_row_bytes(), t, w1);
+    if constexpr (kIsInt8) {
+      int hi[NT][4], lo[NT][4];
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          hi[nt][j] = q.bias[nt][0][j & 1];
+          lo[nt][j] = q.bias[nt][1][j & 1];
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        uint32_t a0, a1, a2, a3;
+        levels_of_nibbles<F::kKeyBits>(book, w0[k], a0, a2);
+        levels_of_nibbles<F::kKeyBits>(book, w1[k], a1, a3);
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+          const uint2 b = query(nt, 0, k);
+          mma_u8s8(hi[nt], a0, a1, a2, a3, b.x, b.y);
+          const uint2 c = query(nt, 1, k);
+          mma_u8s8(lo[nt], a0, a1, a2, a3, c.x, c.y);
+        }
+      }
+      uint32_t norms = *reinterpret_cast<const uint32_t*>(atom + shape.norm_offset() + 4 * r);
+      norms = byte_permute(norms, norms, token_parity(r) ? 0x1032 : 0x3210);
+      const float2 norm = unpack_half2(norms);
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float high = __int_as_float(hi[nt][j]) - kFloatMagic;
+          const float sum = fmaf(__int_as_float(lo[nt][j]) - kFloatMagic, 1.0f / 256.0f, high);
+          s[nt][j] = sum * (j < 2 ? norm.x : norm.y);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) s[nt][j] = 0.0f;
+      }
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        const uint32_t a0 = half2_of_fp8(byte_permute(w0[k], 0, 0x1404)), a2 = half2_of_fp8(byte_permute(w0[k], 0, 0x3424));
+        const uint32_t a1 = half2_of_fp8(byte_permute(w1[k], 0, 0x1404)), a3 = half2_of_fp8(byte_permute(w1[k], 0, 0x3424));
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+          const uint2 b = query(nt, 0, k);
+          mma_f16(s[nt], a0, a1, a2, a3, b.x, b.y);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace tq::cuda

@@ -1,0 +1,107 @@
+// schedule.cuh - who reads which tokens in a decode launch. Computed by every warp from the lengths in device memory, so
+// that a captured graph serves any lengths at replay and nothing is read back to the host.
+//
+// A row is (sequence, KV head, tile of query columns); it reads the sequence's visible tokens in tiles of a fixed number.
+// All tiles of all rows form one line, sequence-major; each CTA takes an equal stretch of it, each warp an equal part
+// of that, and only partial results of rows that cross a border are merged.
+#pragma once
+
+#include "kernels/cuda/device_book.h"
+#include "kernels/cuda/row_lanes.cuh"
+#include "kernels/kernels.h"
+
+namespace tq::cuda {
+
+struct DecodeParams {
+  AttendParams attend;
+  DeviceBook book;
+  int* counters;     // [gridDim.x], zero between launches
+  float* partial;    // [gridDim.x][2][columns][head_dim_v + 2 rounded up to 4], of rows that cross CTAs
+  float* first;      // [gridDim.x][warps][...], of rows that end inside a warp's stretch
+  int slots;         // of a warp's ring, in tiles
+  int max_query_len; // longer sequences are another kernel's
+  int min_tiles;     // of a CTA: less is not worth a merge
+  bool vector_query, vector_out;
+};
+
+struct Sequence {
+  int q_start, q_len, len;
+  int first;  // first token of the first tile, a multiple of 16
+  int tiles;  // of one row
+  int rows;   // KV heads * column tiles
+};
+
+template <int kTileTokens, int kColumns>
+TQ_DEVICE Sequence read_sequence(const DecodeParams& p, int s) {
+  const AttendParams& a = p.attend;
+  Sequence q = {};
+  if (s >= a.num_seqs) return q;
+  q.q_start = a.query_start_loc[s];
+  q.q_len = a.query_start_loc[s + 1] - q.q_start;
+  q.len = a.seq_lens[s];
+  if (q.q_len <= 0 || q.q_len > p.max_query_len) {
+    q.q_len = 0;
+    return q;
+  }
+  if (a.sliding_window > 0 && a.spans == nullptr) q.first = max(0, q.len - q.q_len - a.sliding_window + 1) & ~15;
+  q.tiles = max(1, (q.len - q.first + kTileTokens - 1) / kTileTokens);
+  const int columns = q.q_len * (a.num_heads / a.cache.layout.num_kv_heads);
+  q.rows = a.cache.layout.num_kv_heads * ((columns + kColumns - 1) / kColumns);
+  return q;
+}
+
+// A position on the line: tile `tile` of row `row` of sequence `seq`.
+struct Cursor {
+  int seq, row, tile;
+  Sequence q;
+};
+
+template <int kTileTokens, int kColumns>
+struct Schedule {
+  // Tiles of the whole launch.
+  TQ_DEVICE static int total(const DecodeParams& p, int lane) {
+    int sum = 0;
+    for (int s = lane; s < p.attend.num_seqs; s += 32) {
+      const Sequence q = read_sequence<kTileTokens, kColumns>(p, s);
+      sum += q.tiles * q.rows;
+    }
+    return reduce_row<32>(sum, [](int a, int b) { return a + b; });
+  }
+
+  // The cursor at tile `target` of the line, which exists.
+  TQ_DEVICE static Cursor find(const DecodeParams& p, int target, int lane) {
+    for (int base = 0;; base += 32) {
+      const Sequence q = read_sequence<kTileTokens, kColumns>(p, base + lane);
+      const int work = q.tiles * q.rows;
+      int end = work;
+#pragma unroll
+      for (int o = 1; o < 32; o <<= 1) {
+        const int below = __shfl_up_sync(kFullMask, end, o);
+        if (lane >= o) end += below;
+      }
+      const unsigned past = __ballot_sync(kFullMask, end > target);
+      if (past != 0) {
+        const int owner = __ffs(past) - 1;
+        const int offset = target - __shfl_sync(kFullMask, end - work, owner);
+        Cursor c;
+        c.seq = base + owner;
+        c.q = read_sequence<kTileTokens, kColumns>(p, c.seq);
+        c.row = offset / c.q.tiles;
+        c.tile = offset - c.row * c.q.tiles;
+        return c;
+      }
+      target -= __shfl_sync(kFullMask, end, 31);
+    }
+  }
+
+  // To the first tile of the next row; there must be one.
+  TQ_DEVICE static void next_row(const DecodeParams& p, Cursor& c) {
+    c.tile = 0;
+    if (++c.row < c.q.rows) return;
+    c.row = 0;
+    do c.q = read_sequence<kTileTokens, kColumns>(p, ++c.seq);
+    while (c.q.rows == 0);
+  }
+};
+
+}  // namespace tq::cuda

@@ -1,0 +1,38 @@
+// scores.cuh - what happens to a score between q.k and the softmax, the same in every attention kernel. Scores are in
+// log2 units (score * log2 e), so that weights are exp2.
+#pragma once
+
+#include "kernels/cuda/arch/ptx.cuh"
+#include "kernels/kernels.h"
+
+namespace tq::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kMasked = -1e38f;
+
+// Soft cap and ALiBi; slope is 0 without.
+TQ_DEVICE float modify_score(float x, float soft_cap, float slope, int distance) {
+  if (soft_cap > 0.0f) {
+    const float cap = soft_cap * kLog2e;
+    // cap * tanh(x / cap), through exp2; saturates without overflow
+    const float e = exp2_approx(fminf(fmaxf(2.0f * kLog2e * (x / cap), -60.0f), 60.0f));
+    x = cap * (1.0f - 2.0f / (e + 1.0f));
+  }
+  return fmaf(slope * kLog2e, static_cast<float>(distance), x);
+}
+
+// Whether the query at position sees token, both counted from the sequence's start. spans: [max_spans, 2] of this
+// sequence or null.
+TQ_DEVICE bool visible(int position, int token, bool causal, int window, const int32_t* spans, int max_spans) {
+  if ((!causal || token <= position) && (window <= 0 || token > position - window)) return true;
+  if (spans != nullptr) {
+    for (int i = 0; i < max_spans; ++i) {
+      const int first = spans[2 * i], end = spans[2 * i + 1];
+      if (position >= first && position < end && token >= first && token < end) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace tq::cuda

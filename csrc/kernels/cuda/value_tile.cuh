@@ -1,0 +1,116 @@
+// value_tile.cuh - O^T += V^T P^T for 16 tokens (one atom): uniform value codes on the M side, weights on the N side.
+//
+// A code c enters the matrix unit as fp16 1024 + c or 1024 + 16c, an OR away from its packed bits; what the 1024 adds is
+// accumulated by one more product, with the same roundings, and taken off at the end. Scale and zero are factored into
+// the weights.
+#pragma once
+
+#include "kernels/cuda/arch/mma.cuh"
+#include "kernels/cuda/atom.cuh"
+#include "kernels/cuda/codes.cuh"
+#include "kernels/cuda/key_tile.cuh"
+
+namespace tq::cuda {
+
+constexpr uint32_t kHalfMagic = 0x64006400u;  // fp16 1024 twice
+
+template <class F, int kDim, bool kExact>
+struct ValueTile {
+  using Shape = AtomShape<F, kDim, kExact>;
+  static constexpr int kTiles = kDim / 16;  // of 16 dimensions; a lane holds rows r and r + 8 of each
+  static constexpr bool kHalfUnits = F::kValueBits == 3 && kDim == 64;  // 3 bits: 8 lanes share 4 units
+  static constexpr int kWordsPerLoad = kExact && kDim % 128 == 0 ? 2 : 1;
+
+  // Dimensions of rows r and r + 8 of tile i; the second one's accumulators count sixteenfold.
+  TQ_DEVICE static int2 dims(int i, int r) {
+    if constexpr (F::kValueBits == 4) {
+      const int word = i >> 2;
+      const int index = (word / kWordsPerLoad * 8 + r) * kWordsPerLoad + word % kWordsPerLoad;
+      const int d = 8 * index + 2 * (i & 3);
+      return make_int2(d, d + 1);
+    } else if constexpr (kHalfUnits) {
+      const int d = 16 * (r >> 1) + 2 * (4 * (r & 1) + 2 * (i & 1)) + (i >> 1);
+      return make_int2(d, d + 2);
+    } else {
+      const int d = 16 * ((i >> 3) * 8 + r) + 2 * (2 * (i & 3)) + ((i >> 2) & 1);
+      return make_int2(d, d + 2);
+    }
+  }
+
+  // Two tiles from 4 nibbles of 4 tokens: x holds those of MMA columns 2t and 2t + 1, y those of 2t + 8 and 2t + 9.
+  template <int NT>
+  TQ_DEVICE static void two_tiles(float (&o)[NT][kTiles][4], int i, uint32_t x, uint32_t y, const uint32_t (&p)[NT][2],
+                                  uint32_t magic) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t a0 = mask_or<0x000F000F>(x, magic), a1 = mask_or<0x00F000F0>(x, magic);
+      const uint32_t a2 = mask_or<0x000F000F>(y, magic), a3 = mask_or<0x00F000F0>(y, magic);
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) mma_f16(o[nt][i + e], a0, a1, a2, a3, p[nt][0], p[nt][1]);
+      x >>= 8;
+      y >>= 8;
+    }
+  }
+
+  // p[nt]: weights as B fragments. ones: accumulates sum of 1024 * weight.
+  template <int NT>
+  TQ_DEVICE static void accumulate(const Shape& shape, const uint8_t* atom, int r, int t, const uint32_t (&p)[NT][2],
+                                   uint32_t magic, float (&o)[NT][kTiles][4], float (&ones)[NT][4]) {
+    // Tokens of MMA columns 2t, 2t + 1, 2t + 8, 2t + 9: the token_row of those rows.
+    const int odd = t & 1;
+    const uint8_t* base = atom + shape.value_offset() + 4 * t * shape.value_row_bytes();
+    const uint8_t* row[4];
+    row[0] = base + odd * shape.value_row_bytes();
+    row[1] = base + (2 + (odd ^ 1)) * shape.value_row_bytes();
+    row[2] = base + (odd ^ 1) * shape.value_row_bytes();
+    row[3] = base + (2 + odd) * shape.value_row_bytes();
+    if constexpr (F::kValueBits == 4) {
+#pragma unroll
+      for (int j = 0; j < kDim / 64 / kWordsPerLoad; ++j) {
+        uint32_t u[4][kWordsPerLoad];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint8_t* at = row[i] + (j * 8 + r) * 4 * kWordsPerLoad;
+          if constexpr (kWordsPerLoad == 2) {
+            const uint2 v = *reinterpret_cast<const uint2*>(at);
+            u[i][0] = v.x, u[i][1] = v.y;
+          } else {
+            u[i][0] = *reinterpret_cast<const uint32_t*>(at);
+          }
+        }
+#pragma unroll
+        for (int w = 0; w < kWordsPerLoad; ++w) {
+          const int i = (j * kWordsPerLoad + w) * 4;
+          two_tiles<NT>(o, i, byte_permute(u[0][w], u[1][w], 0x5410), byte_permute(u[2][w], u[3][w], 0x5410), p, magic);
+          two_tiles<NT>(o, i + 2, byte_permute(u[0][w], u[1][w], 0x7632), byte_permute(u[2][w], u[3][w], 0x7632), p,
+                        magic);
+        }
+      }
+    } else {
+      const uint32_t half = (r & 1) ? 0x7632 : 0x5410;
+#pragma unroll
+      for (int j = 0; j < (kHalfUnits ? 1 : kDim / 128); ++j) {
+        uint32_t u[4][2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          load_unit<3, kExact>(row[i], kHalfUnits ? r >> 1 : j * 8 + r, shape.head_dim_v(), u[i][0], u[i][1]);
+        }
+#pragma unroll
+        for (int g = 0; g < 2; ++g) {
+          if constexpr (kHalfUnits) {
+            two_tiles<NT>(o, 2 * g, byte_permute(u[0][g], u[1][g], half), byte_permute(u[2][g], u[3][g], half), p, magic);
+          } else {
+            const int i = j * 8 + g * 4;
+            two_tiles<NT>(o, i, byte_permute(u[0][g], u[1][g], 0x5410), byte_permute(u[2][g], u[3][g], 0x5410), p, magic);
+            two_tiles<NT>(o, i + 2, byte_permute(u[0][g], u[1][g], 0x7632), byte_permute(u[2][g], u[3][g], 0x7632), p,
+                          magic);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) mma_f16(ones[nt], kHalfMagic, kHalfMagic, kHalfMagic, kHalfMagic, p[nt][0], p[nt][1]);
+  }
+};
+
+}  // namespace tq::cuda
