@@ -86,6 +86,28 @@ def test_tensors_are_on_one_device(name):
         on_the_cpu_kernel("attend", **given)
 
 
+@pytest.mark.parametrize("kernel", ["CPU", "CUDA"])
+def test_gpus_are_named(kernel):
+    """With tensors that only say that they are on a GPU: no memory of theirs is read before the sentence."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given = arguments()
+    with FakeTensorMode():
+        on_gpu = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="cuda:0")
+            for name, t in given.items()
+            if isinstance(t, torch.Tensor)
+        }
+        elsewhere = torch.empty(2, dtype=torch.int32, device="cuda:1")
+    for mixed, words in (
+        ({"seq_lens": elsewhere}, "seq_lens is on GPU 1 and query on the CPU"),
+        ({"query": on_gpu["query"]}, "out is on the CPU and query on GPU 0"),
+        (on_gpu | {"seq_lens": elsewhere}, "seq_lens is on GPU 1 and query on GPU 0"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{words}; they must be on one device"):
+            torch_ops().attend.default._op_dk(getattr(torch._C.DispatchKey, kernel), **given | mixed)
+
+
 def test_the_first_tensor_is_on_a_device_that_is_served():
     given = arguments()
     given["query"] = given["query"].to("meta")
