@@ -4,18 +4,30 @@
 // become the exceptions' texts. Tensors: query, out [tokens, heads, head_dim], key, value [tokens, kv_heads, head_dim],
 // float32, float16 or bfloat16 with a contiguous last dimension; pages uint8 [blocks, ...], each block one contiguous
 // run of bytes; slot_mapping int64 [tokens]; query_start_loc int32 [seqs + 1]; seq_lens int32 [seqs]; block_table int32
-// [seqs, blocks].
+// [seqs, blocks]; spans int32 [seqs, max_spans, 2]. All tensors of a call are on one device, the CPU or a GPU; on a GPU
+// the work goes onto torch's current stream of it. A device_index is a GPU's, or -1 for the CPU.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "tq_backend.h"
+
+// libtorch_cuda.so and libtorch_hip.so export it under this one name; null in a torch built for CPUs only.
+extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace {
 
@@ -63,6 +75,87 @@ TqBackend* cpu_backend() {
   return backend;
 }
 
+// What torch calls "cuda" here: its ROCm builds use that name for AMD's GPUs.
+int32_t gpu_kind() {
+  if (aoti_torch_get_current_cuda_stream == nullptr) {
+    fail("this torch was built for CPUs only; tensors and a device_index of a GPU need one built for CUDA or ROCm");
+  }
+  static const int32_t kind = [] {
+    Dl_info library = {};
+    const bool found = dladdr(reinterpret_cast<const void*>(&aoti_torch_get_current_cuda_stream), &library) != 0;
+    const bool rocm =
+        found && library.dli_fname != nullptr && std::strstr(library.dli_fname, "libtorch_hip") != nullptr;
+    return rocm ? TQ_DEVICE_HIP : TQ_DEVICE_CUDA;
+  }();
+  return kind;
+}
+
+// One backend per GPU, made on first use. An engine asks for workspace_size() before it captures a CUDA graph, so none
+// is made during a capture.
+TqBackend* gpu_backend(int32_t device_index) {
+  static std::mutex mutex;
+  static std::map<int32_t, TqBackend*> backends;
+  const std::lock_guard<std::mutex> lock(mutex);
+  TqBackend*& backend = backends[device_index];
+  if (backend == nullptr) {
+    TqBackendOptions options = {};
+    options.struct_size = sizeof(options);
+    options.device_kind = gpu_kind();
+    options.device_index = device_index;
+    call(api().create_backend, &options, &backend);
+  }
+  return backend;
+}
+
+TqBackend* backend_of(int64_t device_index) {
+  if (device_index == -1) return cpu_backend();
+  if (device_index < 0 || device_index > std::numeric_limits<int8_t>::max()) {
+    fail("device_index is " + std::to_string(device_index) + "; it must be -1 for the CPU, or a GPU's index");
+  }
+  return gpu_backend(static_cast<int32_t>(device_index));
+}
+
+// The device of a call: where its first tensor is.
+struct Place {
+  const char* tensor;
+  bool is_gpu;
+  int32_t index;  // of the GPU
+};
+
+std::string device_text(const Tensor& t) {
+  if (t.is_cpu()) return "the CPU";
+  return t.is_cuda() ? "GPU " + std::to_string(t.get_device_index()) : "neither the CPU nor a CUDA or ROCm device";
+}
+
+Place place_of(const char* name, const Tensor& t) {
+  if (!t.is_cpu() && !t.is_cuda()) fail(std::string(name) + " is on " + device_text(t));
+  return {name, t.is_cuda(), t.is_cuda() ? t.get_device_index() : -1};
+}
+
+void need_place(const Place& place, const char* name, const Tensor& t) {
+  if (place.is_gpu ? t.is_cuda() && t.get_device_index() == place.index : t.is_cpu()) return;
+  fail(std::string(name) + " is on " + device_text(t) + " and " + place.tensor + " on " +
+       (place.is_gpu ? "GPU " + std::to_string(place.index) : "the CPU") + "; they must be on one device");
+}
+
+// What a launch needs: the backend, torch's stream, and the device made the current one for as long as this lives.
+class Launch {
+ public:
+  explicit Launch(const Place& place) : backend(backend_of(place.index)) {
+    if (!place.is_gpu) return;
+    device_.emplace(place.index);
+    if (aoti_torch_get_current_cuda_stream(place.index, &stream) != AOTI_TORCH_SUCCESS) {
+      fail("torch gave no current stream of GPU " + std::to_string(place.index));
+    }
+  }
+
+  TqBackend* backend;
+  void* stream = nullptr;
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> device_;
+};
+
 int32_t dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -76,8 +169,8 @@ int32_t dtype_of(const char* name, const Tensor& t) {
   }
 }
 
-void need(const char* name, const Tensor& t, int64_t rank, ScalarType type, const char* type_name) {
-  if (!t.is_cpu()) fail(std::string(name) + " is not on the CPU; this call takes CPU tensors");
+void need(const Place& place, const char* name, const Tensor& t, int64_t rank, ScalarType type, const char* type_name) {
+  need_place(place, name, t);
   if (t.dim() != rank) {
     fail(std::string(name) + " has " + std::to_string(t.dim()) + " dimensions; it must have " + std::to_string(rank));
   }
@@ -87,10 +180,10 @@ void need(const char* name, const Tensor& t, int64_t rank, ScalarType type, cons
   }
 }
 
-void need_heads(const char* name, const Tensor& t, int32_t dtype) {
+void need_heads(const Place& place, const char* name, const Tensor& t, int32_t dtype) {
   if (dtype_of(name, t) != dtype)
     fail(std::string(name) + " has another dtype than the other tensors; they must agree");
-  need(name, t, 3, t.scalar_type(), "itself");
+  need(place, name, t, 3, t.scalar_type(), "itself");
 }
 
 void need_size(const char* name, const Tensor& t, int64_t dim, int64_t size) {
@@ -101,9 +194,9 @@ void need_size(const char* name, const Tensor& t, int64_t dim, int64_t size) {
 }
 
 // A per-head float vector, or null.
-const float* head_floats(const char* name, const std::optional<Tensor>& t, int64_t num_heads) {
+const float* head_floats(const Place& place, const char* name, const std::optional<Tensor>& t, int64_t num_heads) {
   if (!t.has_value()) return nullptr;
-  need(name, *t, 1, ScalarType::Float, "float32");
+  need(place, name, *t, 1, ScalarType::Float, "float32");
   need_size(name, *t, 0, num_heads);
   return static_cast<const float*>(t->data_ptr());
 }
@@ -123,8 +216,8 @@ TqLayerDesc make_layer(int64_t format_id, int64_t num_heads, int64_t num_kv_head
   return layer;
 }
 
-TqPages make_pages(const Tensor& t, const TqLayerDesc& layer, int64_t block_size) {
-  if (!t.is_cpu()) fail("pages is not on the CPU; this call takes CPU tensors");
+TqPages make_pages(const Place& place, const Tensor& t, const TqLayerDesc& layer, int64_t block_size) {
+  need_place(place, "pages", t);
   if (t.scalar_type() != ScalarType::Byte) fail("pages has another dtype than uint8");
   if (t.dim() < 2)
     fail("pages has " + std::to_string(t.dim()) + " dimensions; it must have at least 2, the first for blocks");
@@ -153,10 +246,11 @@ TqPages make_pages(const Tensor& t, const TqLayerDesc& layer, int64_t block_size
 }
 
 void store_kv(Tensor key, Tensor value, Tensor pages, Tensor slot_mapping, int64_t format_id, int64_t block_size) {
+  const Place place = place_of("key", key);
   const int32_t dtype = dtype_of("key", key);
-  need_heads("key", key, dtype);
-  need_heads("value", value, dtype);
-  need("slot_mapping", slot_mapping, 1, ScalarType::Long, "int64");
+  need_heads(place, "key", key, dtype);
+  need_heads(place, "value", value, dtype);
+  need(place, "slot_mapping", slot_mapping, 1, ScalarType::Long, "int64");
   // Engines pad key and value beyond the slots they give.
   const int64_t tokens = slot_mapping.size(0);
   if (key.size(0) < tokens || value.size(0) < tokens) {
@@ -165,7 +259,7 @@ void store_kv(Tensor key, Tensor value, Tensor pages, Tensor slot_mapping, int64
   }
   need_size("value", value, 1, key.size(1));
   const TqLayerDesc layer = make_layer(format_id, key.size(1), key.size(1), key.size(2), value.size(2), dtype);
-  const TqPages cache = make_pages(pages, layer, block_size);
+  const TqPages cache = make_pages(place, pages, layer, block_size);
   TqStoreKvArgs args = {};
   args.struct_size = sizeof(args);
   args.layer = &layer;
@@ -178,22 +272,25 @@ void store_kv(Tensor key, Tensor value, Tensor pages, Tensor slot_mapping, int64
   args.value_token_stride = value.stride(0);
   args.value_head_stride = value.stride(1);
   args.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
-  call(api().store_kv, cpu_backend(), &args);
+  const Launch launch(place);
+  args.stream = launch.stream;
+  call(api().store_kv, launch.backend, &args);
 }
 
 void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tensor seq_lens, Tensor block_table,
             int64_t format_id, int64_t block_size, int64_t num_kv_heads, double scale, bool causal,
             int64_t sliding_window, double soft_cap, std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
-            std::optional<Tensor> lse, Tensor workspace) {
+            std::optional<Tensor> lse, Tensor workspace, int64_t max_query_len, std::optional<Tensor> spans) {
+  const Place place = place_of("query", query);
   const int32_t dtype = dtype_of("query", query);
-  need_heads("query", query, dtype);
-  need_heads("out", out, dtype);
+  need_heads(place, "query", query, dtype);
+  need_heads(place, "out", out, dtype);
   need_size("out", out, 0, query.size(0));
   need_size("out", out, 1, query.size(1));
-  need("query_start_loc", query_start_loc, 1, ScalarType::Int, "int32");
-  need("seq_lens", seq_lens, 1, ScalarType::Int, "int32");
-  need("block_table", block_table, 2, ScalarType::Int, "int32");
-  need("workspace", workspace, 1, ScalarType::Byte, "uint8");
+  need(place, "query_start_loc", query_start_loc, 1, ScalarType::Int, "int32");
+  need(place, "seq_lens", seq_lens, 1, ScalarType::Int, "int32");
+  need(place, "block_table", block_table, 2, ScalarType::Int, "int32");
+  need(place, "workspace", workspace, 1, ScalarType::Byte, "uint8");
   const int64_t num_seqs = seq_lens.size(0);
   need_size("query_start_loc", query_start_loc, 0, num_seqs + 1);
   if (block_table.size(0) < num_seqs) {
@@ -203,7 +300,7 @@ void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tens
   TqLayerDesc layer = make_layer(format_id, query.size(1), num_kv_heads, query.size(2), out.size(2), dtype);
   layer.sliding_window = static_cast<int32_t>(sliding_window);
   layer.soft_cap = static_cast<float>(soft_cap);
-  const TqPages cache = make_pages(pages, layer, block_size);
+  const TqPages cache = make_pages(place, pages, layer, block_size);
   TqAttendArgs args = {};
   args.struct_size = sizeof(args);
   args.num_seqs = static_cast<int32_t>(num_seqs);
@@ -223,32 +320,45 @@ void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tens
   args.max_blocks_per_seq = static_cast<int32_t>(block_table.size(1));
   args.scale = static_cast<float>(scale);
   args.causal = causal ? 1 : 0;
-  args.sinks = head_floats("sinks", sinks, query.size(1));
-  args.alibi_slopes = head_floats("alibi_slopes", alibi_slopes, query.size(1));
+  args.max_query_len =
+      static_cast<int32_t>(std::clamp<int64_t>(max_query_len, -1, std::numeric_limits<int32_t>::max()));
+  args.sinks = head_floats(place, "sinks", sinks, query.size(1));
+  args.alibi_slopes = head_floats(place, "alibi_slopes", alibi_slopes, query.size(1));
   if (lse.has_value()) {
-    need("lse", *lse, 2, ScalarType::Float, "float32");
+    need(place, "lse", *lse, 2, ScalarType::Float, "float32");
     need_size("lse", *lse, 0, query.size(0));
     need_size("lse", *lse, 1, query.size(1));
     if (!lse->is_contiguous()) fail("lse is not contiguous");
     args.lse = static_cast<float*>(lse->data_ptr());
   }
+  if (spans.has_value()) {
+    need(place, "spans", *spans, 3, ScalarType::Int, "int32");
+    need_size("spans", *spans, 0, num_seqs);
+    need_size("spans", *spans, 2, 2);
+    if (!spans->is_contiguous()) fail("spans is not contiguous");
+    args.max_spans = static_cast<int32_t>(spans->size(1));
+    if (args.max_spans > 0) args.spans = static_cast<const int32_t*>(spans->data_ptr());
+  }
   args.workspace = workspace.data_ptr();
   args.workspace_bytes = static_cast<uint64_t>(workspace.size(0));
-  call(api().attend, cpu_backend(), &args);
+  const Launch launch(place);
+  args.stream = launch.stream;
+  call(api().attend, launch.backend, &args);
 }
 
 void dequant_kv(Tensor pages, Tensor block_table, int64_t first_token, int64_t format_id, int64_t block_size,
                 Tensor key_out, Tensor value_out, bool keep_rotated) {
+  const Place place = place_of("key_out", key_out);
   const int32_t dtype = dtype_of("key_out", key_out);
-  need_heads("key_out", key_out, dtype);
-  need_heads("value_out", value_out, dtype);
+  need_heads(place, "key_out", key_out, dtype);
+  need_heads(place, "value_out", value_out, dtype);
   need_size("value_out", value_out, 0, key_out.size(0));
   need_size("value_out", value_out, 1, key_out.size(1));
   if (!key_out.is_contiguous() || !value_out.is_contiguous()) fail("key_out or value_out is not contiguous");
-  need("block_table", block_table, 1, ScalarType::Int, "int32");
+  need(place, "block_table", block_table, 1, ScalarType::Int, "int32");
   const TqLayerDesc layer =
       make_layer(format_id, key_out.size(1), key_out.size(1), key_out.size(2), value_out.size(2), dtype);
-  const TqPages cache = make_pages(pages, layer, block_size);
+  const TqPages cache = make_pages(place, pages, layer, block_size);
   TqDequantKvArgs args = {};
   args.struct_size = sizeof(args);
   args.keep_rotated = keep_rotated ? 1 : 0;
@@ -260,23 +370,25 @@ void dequant_kv(Tensor pages, Tensor block_table, int64_t first_token, int64_t f
   args.num_tokens = key_out.size(0);
   args.key_out = key_out.data_ptr();
   args.value_out = value_out.data_ptr();
-  call(api().dequant_kv, cpu_backend(), &args);
+  const Launch launch(place);
+  args.stream = launch.stream;
+  call(api().dequant_kv, launch.backend, &args);
 }
 
 // Bytes of workspace for any attend call with at most so many tokens and sequences. dtype does not matter.
 int64_t workspace_size(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t head_dim_v, int64_t format_id,
-                       int64_t num_tokens, int64_t num_seqs) {
+                       int64_t num_tokens, int64_t num_seqs, int64_t device_index) {
   const TqLayerDesc layer = make_layer(format_id, num_heads, num_kv_heads, head_dim, head_dim_v, TQ_DTYPE_F32);
   uint64_t bytes = 0;
-  call(api().workspace_size, cpu_backend(), &layer, num_tokens, num_seqs, &bytes);
+  call(api().workspace_size, backend_of(device_index), &layer, num_tokens, num_seqs, &bytes);
   return static_cast<int64_t>(bytes);
 }
 
-// [store_calls, stored_tokens, attend_calls, query_tokens, compressed_kv_reads] of this process's CPU backend.
-std::vector<int64_t> counters() {
+// [store_calls, stored_tokens, attend_calls, query_tokens, compressed_kv_reads] of this process's backend of a device.
+std::vector<int64_t> counters(int64_t device_index) {
   TqCounters c = {};
   c.struct_size = sizeof(c);
-  call(api().query_counters, cpu_backend(), &c);
+  call(api().query_counters, backend_of(device_index), &c);
   return {static_cast<int64_t>(c.store_calls), static_cast<int64_t>(c.stored_tokens),
           static_cast<int64_t>(c.attend_calls), static_cast<int64_t>(c.query_tokens),
           static_cast<int64_t>(c.compressed_kv_reads)};
@@ -290,18 +402,26 @@ STABLE_TORCH_LIBRARY(tq_backend, m) {
   m.def(
       "attend(Tensor query, Tensor(a!) out, Tensor pages, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
       "int format_id, int block_size, int num_kv_heads, float scale, bool causal, int sliding_window, float soft_cap, "
-      "Tensor? sinks, Tensor? alibi_slopes, Tensor(b!)? lse, Tensor(c!) workspace) -> ()");
+      "Tensor? sinks, Tensor? alibi_slopes, Tensor(b!)? lse, Tensor(c!) workspace, int max_query_len=0, Tensor? "
+      "spans=None) -> ()");
   m.def(
       "dequant_kv(Tensor pages, Tensor block_table, int first_token, int format_id, int block_size, Tensor(a!) "
       "key_out, "
       "Tensor(b!) value_out, bool keep_rotated) -> ()");
   m.def(
       "workspace_size(int num_heads, int num_kv_heads, int head_dim, int head_dim_v, int format_id, int num_tokens, "
-      "int num_seqs) -> int");
-  m.def("counters() -> int[]");
+      "int num_seqs, int device_index=-1) -> int");
+  m.def("counters(int device_index=-1) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tq_backend, CPU, m) {
+  m.impl("store_kv", TORCH_BOX(&store_kv));
+  m.impl("attend", TORCH_BOX(&attend));
+  m.impl("dequant_kv", TORCH_BOX(&dequant_kv));
+}
+
+// AMD's GPUs too: torch's ROCm builds dispatch them by the same key.
+STABLE_TORCH_LIBRARY_IMPL(tq_backend, CUDA, m) {
   m.impl("store_kv", TORCH_BOX(&store_kv));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("dequant_kv", TORCH_BOX(&dequant_kv));

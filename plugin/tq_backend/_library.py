@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 TORCH_LIBRARY = PACKAGE_DIR / "libtq_torch.so"
@@ -34,3 +38,12 @@ def torch_ops():
         )
     torch.ops.load_library(str(TORCH_LIBRARY))
     return torch.ops.tq_backend
+
+
+def device_index(device: torch.device) -> int:
+    """As the operators count devices: a GPU's index, or -1 for the CPU."""
+    import torch
+
+    if device.type == "cpu":
+        return -1
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -92,7 +92,9 @@ def empty_cache(layout: str) -> torch.Tensor:
 
 def layer(**options) -> TurboQuantImpl:
     with raw_pages():
-        return TurboQuantImpl(HEADS, HEAD_DIM, SCALE, KV_HEADS, kv_cache_dtype="turboquant_4bit_nc", **options)
+        impl = TurboQuantImpl(HEADS, HEAD_DIM, SCALE, KV_HEADS, kv_cache_dtype="turboquant_4bit_nc", **options)
+    impl.process_weights_after_loading(torch.float32)  # vLLM's loader calls it for each attention layer
+    return impl
 
 
 def metadata(causal: bool = True) -> TurboQuantMetadata:
@@ -106,6 +108,7 @@ def metadata(causal: bool = True) -> TurboQuantMetadata:
         slot_mapping=slots(),
         block_size=BLOCK_SIZE,
         causal=causal,
+        max_query_len=max(QUERY_LENS),
         workspace=torch.empty(size, dtype=torch.uint8),
     )
 
@@ -134,6 +137,18 @@ def ours(tensors, layout: str = "LBHNC", causal: bool = True, **options) -> torc
 )
 def test_options_mean_what_the_stock_kernel_means(tensors, options):
     torch.testing.assert_close(ours(tensors, **options), stock(tensors, **options), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_sinks_follow_their_weights_in_place(tensors):
+    """They are made before weights are loaded, in the model's dtype, and a captured CUDA graph keeps their first address."""
+    sinks = torch.nn.Parameter(torch.full((HEADS,), float("nan"), dtype=torch.bfloat16), requires_grad=False)
+    impl = layer(sinks=sinks)
+    address = impl.kernel_sinks.data_ptr()
+    for values in (SINKS, SINKS[::-1]):
+        sinks.data.copy_(torch.tensor(values))
+        impl.process_weights_after_loading(torch.bfloat16)
+        assert impl.kernel_sinks.dtype == torch.float32 and impl.kernel_sinks.data_ptr() == address
+        assert impl.kernel_sinks.tolist() == sinks.float().tolist()
 
 
 @pytest.mark.parametrize("layout", ["LBNHC", "padded"])

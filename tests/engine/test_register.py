@@ -86,6 +86,27 @@ def test_routes_by_cache_dtype():
         route("turboquant_k8v4", use_mla=True)
 
 
+def test_what_a_gpu_platform_asks_the_backend():
+    """The questions of CudaPlatform.get_attn_backend_cls and of the runner that captures graphs."""
+    from tq_backend.vllm_adapter.backend import TurboQuantBackend as Backend
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    def reasons(dtype: str, capability: tuple[int, int], block_size: int | None = None, **more) -> list[str]:
+        config = AttentionSelectorConfig(128, torch.bfloat16, dtype, block_size, **more)
+        return Backend.validate_configuration(device_capability=DeviceCapability(*capability), **config._asdict())
+
+    for capability in ((7, 5), (8, 0), (9, 0), (12, 1)):
+        assert reasons("turboquant_4bit_nc", capability) == []
+    assert reasons("turboquant_4bit_nc", (9, 0), 64, has_sink=True, has_sliding_window=True, use_non_causal=True) == []
+    assert reasons("turboquant_4bit_nc", (7, 0)) == ["compute capability not supported"]
+    assert reasons("turboquant_4bit_nc", (9, 0), 24) == ["block_size not supported"]
+    assert reasons("auto", (9, 0)) == ["kv_cache_dtype not supported"]
+    assert reasons("turboquant_4bit_nc", (9, 0), use_mla=True) == ["MLA not supported"]
+    assert Backend.get_builder_cls().get_cudagraph_support(None, None) == AttentionCGSupport.ALWAYS
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

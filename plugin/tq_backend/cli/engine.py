@@ -26,12 +26,12 @@ ENVIRONMENT = {
 KV_CACHE_BYTES = 1 << 30  # VLLM_CPU_KVCACHE_SPACE
 
 
-def counters() -> dict[str, int]:
-    """What the CPU kernels of this process have done so far."""
+def counters(device_index: int = -1) -> dict[str, int]:
+    """What this process's kernels of a device, the CPU or a GPU, have done so far."""
     from tq_backend._library import torch_ops
 
     names = ("store_calls", "stored_tokens", "attend_calls", "query_tokens", "compressed_kv_reads")
-    return dict(zip(names, torch_ops().counters(), strict=True))
+    return dict(zip(names, torch_ops().counters(device_index), strict=True))
 
 
 class Engine:

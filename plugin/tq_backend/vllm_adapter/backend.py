@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
@@ -11,8 +11,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from tq_backend.vllm_adapter import formats
 
+if TYPE_CHECKING:
+    from vllm.platforms.interface import DeviceCapability
+
 MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_MULTIPLE = 16, 512, 16
 BLOCK_SIZE_MULTIPLE = 16
+MIN_COMPUTE_CAPABILITY = (7, 5)
 
 
 class TurboQuantBackend(AttentionBackend):
@@ -58,6 +62,10 @@ class TurboQuantBackend(AttentionBackend):
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE and head_size % HEAD_SIZE_MULTIPLE == 0
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        return tuple(capability) >= MIN_COMPUTE_CAPABILITY
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:

@@ -50,10 +50,27 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.sinks = extra.pop("sinks", None)
+        self.kernel_sinks: torch.Tensor | None = None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         if extra:
             logger.warning("TURBOQUANT ignores the attention arguments %s, which it does not know", sorted(extra))
         self.ops = torch_ops()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Again after weights were loaded anew: a captured CUDA graph reads the same memory, so it is written in place."""
+        if self.sinks is not None:
+            self.per_head_floats(self.sinks.device)
+
+    def per_head_floats(self, device: torch.device) -> None:
+        """Puts sinks and slopes where the kernels read them: float32, on the layer's device."""
+        if self.alibi_slopes is not None:
+            self.alibi_slopes = self.alibi_slopes.to(device)
+        if self.sinks is None:
+            return
+        if self.kernel_sinks is None or self.kernel_sinks.device != device:
+            self.kernel_sinks = self.sinks.detach().to(device, torch.float32, copy=True)
+        else:
+            self.kernel_sinks.copy_(self.sinks.detach())
 
     def do_kv_cache_update(
         self,
@@ -104,9 +121,10 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             m.causal,
             self.sliding_window,
             self.logits_soft_cap,
-            None if self.sinks is None else self.sinks.float(),
+            self.kernel_sinks,
             self.alibi_slopes,
             None,
             m.workspace,
+            m.max_query_len,
         )
         return output

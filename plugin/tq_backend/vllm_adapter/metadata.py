@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 
-from tq_backend._library import native, torch_ops
+from tq_backend._library import device_index, native, torch_ops
 from tq_backend.vllm_adapter import formats
 
 logger = logging.getLogger("vllm.tq_backend")
@@ -26,6 +31,7 @@ class TurboQuantMetadata(AttentionMetadata):
     slot_mapping: torch.Tensor  # int64 [num_tokens]
     block_size: int
     causal: bool
+    max_query_len: int  # upper bound over the batch, or over all batches that a captured graph may be replayed for
     workspace: torch.Tensor  # uint8
 
 
@@ -46,17 +52,23 @@ def check_shared_caches(layers: dict[str, Any]) -> None:
 
 
 class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
-    # One buffer for all layers and groups of this process: layers run one after another. It grows while builders are made,
-    # never during a step.
-    _workspace: torch.Tensor = torch.empty(0, dtype=torch.uint8)
+    # The kernels read lengths and tables from device memory and ask the host for nothing, so a captured graph serves every
+    # batch within its tokens, requests and max_query_len. vLLM captures mixed batches with max_query_len = tokens, and decodes
+    # with the uniform length, so that bound holds at each replay.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    # One buffer per device for all layers and groups of this process: layers run one after another. It grows while builders
+    # are made, never during a step.
+    _workspaces: ClassVar[dict[torch.device, torch.Tensor]] = {}
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         scheduler = vllm_config.scheduler_config
+        needed = 0
         for impl in {id(layer.impl): layer.impl for layer in layers.values()}.values():
-            needed = torch_ops().workspace_size(
+            impl.per_head_floats(device)
+            size = torch_ops().workspace_size(
                 impl.num_heads,
                 impl.num_kv_heads,
                 impl.head_size,
@@ -64,9 +76,11 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 formats.format_id(impl.kv_cache_dtype),
                 scheduler.max_num_batched_tokens,
                 scheduler.max_num_seqs,
+                device_index(device),
             )
-            if needed > TurboQuantMetadataBuilder._workspace.numel():
-                TurboQuantMetadataBuilder._workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+            needed = max(needed, size)
+        if device not in self._workspaces or self._workspaces[device].numel() < needed:
+            self._workspaces[device] = torch.empty(needed, dtype=torch.uint8, device=device)
         names = sorted({formats.page_format(layer.impl.kv_cache_dtype) for layer in layers.values()})
         logger.info(
             "tq-backend %s serves %s in %d layers (%s): %d bytes per token and KV head, pages of %d tokens",
@@ -95,5 +109,6 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             slot_mapping=common.slot_mapping,
             block_size=self.kv_cache_spec.block_size,
             causal=bool(causal),
-            workspace=TurboQuantMetadataBuilder._workspace,
+            max_query_len=common.max_query_len,
+            workspace=self._workspaces[self.device],
         )

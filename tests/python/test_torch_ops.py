@@ -1,0 +1,156 @@
+"""What the LibTorch operators refuse, in which words: devices, and the arguments that not every kernel takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tq_backend._library import device_index, native, torch_ops  # noqa: E402
+
+HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 64, 16
+FORMAT = "turboquant_4bit_nc"
+
+
+def arguments() -> dict[str, object]:
+    """Of attend, for two sequences with 1 and 3 query tokens of 16 each."""
+    spec = native().kv_cache_spec(FORMAT, KV_HEADS, DIM)
+    size = torch_ops().workspace_size(HEADS, KV_HEADS, DIM, DIM, spec["format_id"], 4, 2)
+    return {
+        "query": torch.zeros(4, HEADS, DIM),
+        "out": torch.zeros(4, HEADS, DIM),
+        "pages": torch.zeros(2, spec["bytes_per_token"] * BLOCK, dtype=torch.uint8),
+        "query_start_loc": torch.tensor([0, 1, 4], dtype=torch.int32),
+        "seq_lens": torch.tensor([16, 16], dtype=torch.int32),
+        "block_table": torch.tensor([[0], [1]], dtype=torch.int32),
+        "format_id": spec["format_id"],
+        "block_size": BLOCK,
+        "num_kv_heads": KV_HEADS,
+        "scale": DIM**-0.5,
+        "causal": True,
+        "sliding_window": 0,
+        "soft_cap": 0.0,
+        "sinks": None,
+        "alibi_slopes": None,
+        "lse": None,
+        "workspace": torch.zeros(size, dtype=torch.uint8),
+    }
+
+
+def on_the_cpu_kernel(name: str, **given: object) -> None:
+    """The dispatcher sends a call with a tensor of another device to that device's kernel; this is the CPU's, whatever comes."""
+    getattr(torch_ops(), name).default._op_dk(torch._C.DispatchKey.CPU, **given)
+
+
+def test_max_query_len_is_a_bound_or_0():
+    given = arguments()
+    for bound in (0, 3, 100):
+        torch_ops().attend(**given, max_query_len=bound)
+    with pytest.raises(RuntimeError, match=r"max_query_len is 2; sequence 1 has 3 query tokens"):
+        torch_ops().attend(**given, max_query_len=2)
+    with pytest.raises(RuntimeError, match=r"max_query_len is -1; it must be 0 \(not known\) or an upper bound"):
+        torch_ops().attend(**given, max_query_len=-5)
+
+
+def test_spans_are_checked():
+    given = arguments()
+    torch_ops().attend(**given, spans=torch.zeros(2, 0, 2, dtype=torch.int32))  # room for none is none
+    with pytest.raises(RuntimeError, match="the CPU kernels do not serve bidirectional spans yet"):
+        torch_ops().attend(**given, spans=torch.zeros(2, 1, 2, dtype=torch.int32))
+    for spans, words in (
+        (torch.zeros(2, 1, 2), "spans has another dtype than int32"),
+        (torch.zeros(2, 2, dtype=torch.int32), "spans has 2 dimensions; it must have 3"),
+        (torch.zeros(3, 1, 2, dtype=torch.int32), "spans has size 3 in dimension 0; it must be 2"),
+        (torch.zeros(2, 1, 3, dtype=torch.int32), "spans has size 3 in dimension 2; it must be 2"),
+        (torch.zeros(2, 2, 2, dtype=torch.int32).transpose(0, 1), "spans is not contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch_ops().attend(**given, spans=spans)
+
+
+@pytest.mark.parametrize(
+    "name", ["out", "pages", "query_start_loc", "seq_lens", "block_table", "sinks", "alibi_slopes", "lse", "spans", "workspace"]
+)  # fmt: skip
+def test_tensors_are_on_one_device(name):
+    given = arguments()
+    like = {"lse": torch.zeros(4, HEADS), "spans": torch.zeros(2, 1, 2, dtype=torch.int32)}
+    elsewhere = given.get(name) if given.get(name) is not None else like.get(name, torch.zeros(HEADS))
+    given[name] = elsewhere.to("meta")
+    with pytest.raises(
+        RuntimeError, match=rf"{name} is on neither .* and query on the CPU; they must be on one device"
+    ):
+        on_the_cpu_kernel("attend", **given)
+
+
+@pytest.mark.parametrize("kernel", ["CPU", "CUDA"])
+def test_gpus_are_named(kernel):
+    """With tensors that only say that they are on a GPU: no memory of theirs is read before the sentence."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given = arguments()
+    with FakeTensorMode():
+        on_gpu = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="cuda:0")
+            for name, t in given.items()
+            if isinstance(t, torch.Tensor)
+        }
+        elsewhere = torch.empty(2, dtype=torch.int32, device="cuda:1")
+    for mixed, words in (
+        ({"seq_lens": elsewhere}, "seq_lens is on GPU 1 and query on the CPU"),
+        ({"query": on_gpu["query"]}, "out is on the CPU and query on GPU 0"),
+        (on_gpu | {"seq_lens": elsewhere}, "seq_lens is on GPU 1 and query on GPU 0"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{words}; they must be on one device"):
+            torch_ops().attend.default._op_dk(getattr(torch._C.DispatchKey, kernel), **given | mixed)
+
+
+def test_the_first_tensor_is_on_a_device_that_is_served():
+    given = arguments()
+    given["query"] = given["query"].to("meta")
+    with pytest.raises(RuntimeError, match="query is on neither the CPU nor a CUDA or ROCm device"):
+        on_the_cpu_kernel("attend", **given)
+
+
+def test_store_and_dequant_name_the_tensor_too():
+    spec = native().kv_cache_spec(FORMAT, KV_HEADS, DIM)
+    pages = torch.zeros(1, spec["bytes_per_token"] * BLOCK, dtype=torch.uint8)
+    key, table = torch.zeros(1, KV_HEADS, DIM), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"slot_mapping is on neither .* and key on the CPU"):
+        on_the_cpu_kernel(
+            "store_kv", key=key, value=key, pages=pages, slot_mapping=torch.zeros(1, dtype=torch.int64, device="meta"),
+            format_id=spec["format_id"], block_size=BLOCK,
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"pages is on neither .* and key_out on the CPU"):
+        on_the_cpu_kernel(
+            "dequant_kv", pages=pages.to("meta"), block_table=table, first_token=0, format_id=spec["format_id"],
+            block_size=BLOCK, key_out=key, value_out=torch.zeros_like(key), keep_rotated=False,
+        )  # fmt: skip
+
+
+def test_device_index():
+    assert device_index(torch.device("cpu")) == -1
+    assert device_index(torch.device("cuda", 3)) == 3
+    assert torch_ops().counters() == torch_ops().counters(-1)
+    for wrong in (-2, 1000):
+        with pytest.raises(
+            RuntimeError, match=rf"device_index is {wrong}; it must be -1 for the CPU, or a GPU's index"
+        ):
+            torch_ops().counters(wrong)
+
+
+def test_a_gpu_without_its_kernels_is_said(tmp_path):
+    """In a folder of no kernel libraries; what torch was built for decides which one is missed."""
+    code = "from tq_backend._library import torch_ops; torch_ops().workspace_size(4, 2, 64, 64, 0x0201, 4, 2, 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env=os.environ | {"TQ_KERNELS_DIR": str(tmp_path)},
+    )  # fmt: skip
+    if torch.version.cuda or torch.version.hip:
+        kind = "hip" if torch.version.hip else "cuda"
+        assert f"this package was built without the {kind} kernels" in done.stderr
+    else:
+        assert "this torch was built for CPUs only" in done.stderr
