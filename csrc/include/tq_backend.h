@@ -242,8 +242,8 @@ typedef struct TqAttendArgs {
   int64_t block_table_stride;
   int32_t max_blocks_per_seq;
   float scale;
-  int32_t causal; /* 1: position i sees j <= i; 0: every query sees the whole sequence (within its window) */
-  int32_t max_query_len; /* upper bound of the sequences' query lengths; 0: not known, num_tokens is taken */
+  int32_t causal;            /* 1: position i sees j <= i; 0: every query sees the whole sequence (within its window) */
+  int32_t max_query_len;     /* upper bound of the sequences' query lengths; 0: not known, num_tokens is taken */
   const float* sinks;        /* [num_heads] or NULL */
   const float* alibi_slopes; /* [num_heads] or NULL */
   float* lse;                /* [num_tokens, num_heads] contiguous or NULL: natural log of the softmax denominator */

@@ -67,8 +67,8 @@ struct AttendParams {
   float soft_cap;      // 0: none
   int sliding_window;  // 0: none
   bool causal;
-  int max_query_len;          // upper bound, >= 1 if num_tokens is
-  const int32_t* spans;       // [num_seqs, max_spans, 2] or null
+  int max_query_len;     // upper bound, >= 1 if num_tokens is
+  const int32_t* spans;  // [num_seqs, max_spans, 2] or null
   int max_spans;
   const float* sinks;         // [num_heads] or null
   const float* alibi_slopes;  // [num_heads] or null

@@ -36,7 +36,8 @@ Config random_config(std::mt19937& rng) {
   c.max_spans = pick(rng, {0, 0, 0, 1, 3});
   const int num_seqs = pick(rng, {1, 1, 2, 3, 4, 40});
   for (int i = 0; i < num_seqs; ++i) {
-    const int n = num_seqs == 40 ? pick(rng, {0, 1, 17, 40}) : pick(rng, {0, 1, 15, 16, 17, 63, 65, 130, 200, 513, 1500});
+    const int n =
+        num_seqs == 40 ? pick(rng, {0, 1, 17, 40}) : pick(rng, {0, 1, 15, 16, 17, 63, 65, 130, 200, 513, 1500});
     c.seq_lens.push_back(n);
     c.query_lens.push_back(std::min(n, pick(rng, {0, 1, 1, 1, 1, 2, 4, 9, 16, 17, 40, 200})));
   }
@@ -213,8 +214,7 @@ TEST_F(AttendCuda, BadQueryStaysInItsRow) {
 
 TEST_F(AttendCuda, TestFormatIsRefused) {
   const Format& format = *find_format("raw_f32");
-  const KernelStatus status =
-      cuda_kernels().supports(device, format, make_page_layout(format, 128, 128, 8, 16), 32);
+  const KernelStatus status = cuda_kernels().supports(device, format, make_page_layout(format, 128, 128, 8, 16), 32);
   EXPECT_EQ(status.code, 12);
   EXPECT_NE(std::string(status.message).find("raw_f32"), std::string::npos);
 }

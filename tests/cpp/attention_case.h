@@ -179,8 +179,8 @@ class Case {
     return p;
   }
 
-  // Compares every row of out with attention in double over the decoded cache. Returns the largest error relative to the
-  // row's largest output, over all rows; LSE is checked here.
+  // Compares every row of out with attention in double over the decoded cache. Returns the largest error relative to
+  // the row's largest output, over all rows; LSE is checked here.
   double worst_error() {
     double worst = 0;
     for (size_t s = 0; s < c.seq_lens.size(); ++s) worst = std::max(worst, compare_sequence(static_cast<int>(s)));

@@ -1,5 +1,5 @@
-// cuda_fixture.h - the CUDA kernel library on this machine's GPU, and device copies of an attention case. Tests that use
-// it are skipped, with the library's own reason, where there is no GPU.
+// cuda_fixture.h - the CUDA kernel library on this machine's GPU, and device copies of an attention case. Tests that
+// use it are skipped, with the library's own reason, where there is no GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>

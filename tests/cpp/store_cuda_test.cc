@@ -47,10 +47,15 @@ void check_store(const Shape& shape, uint32_t seed, DeviceState* device) {
   if (shape.tokens > 5) slots[5] = -1;
 
   AlignedBytes pages(num_blocks * stride, 0x5a);
-  DeviceBytes device_pages(pages.data(), num_blocks * stride), device_key(key), device_value(value), device_slots(slots);
+  DeviceBytes device_pages(pages.data(), num_blocks * stride), device_key(key), device_value(value),
+      device_slots(slots);
   StoreParams p = {};
-  p.cache = {format,     layout, format.rotates_keys() ? &format_codebook(format.key_bits) : nullptr,
-             device_pages.get<uint8_t>(), num_blocks, stride};
+  p.cache = {format,
+             layout,
+             format.rotates_keys() ? &format_codebook(format.key_bits) : nullptr,
+             device_pages.get<uint8_t>(),
+             num_blocks,
+             stride};
   p.dtype = shape.dtype;
   p.num_tokens = shape.tokens;
   p.key = device_key.get();
@@ -125,7 +130,12 @@ TEST_F(StoreCuda, PagesEqualTheReference) {
   for (const char* format : {"turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"}) {
     for (const int dim : {16, 32, 48, 64, 80, 96, 112, 128, 144, 192, 208, 256, 320, 400, 512}) {
       for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBF16}) {
-        const Shape shape = {format, dtype, dim, pick({dim, dim, 64, 80, 128}), pick({1, 2, 3, 8}), pick({16, 48, 64}),
+        const Shape shape = {format,
+                             dtype,
+                             dim,
+                             pick({dim, dim, 64, 80, 128}),
+                             pick({1, 2, 3, 8}),
+                             pick({16, 48, 64}),
                              pick({1, 3, 17, 64})};
         ASSERT_NO_FATAL_FAILURE(check_store(shape, rng(), device)) << format << " " << dim;
       }
@@ -172,7 +182,8 @@ TEST_F(StoreCuda, DequantEqualsTheReference) {
             reference_load<double>(*c.format, test.layout, test.page(0, at), h, at % c.block_size, k.data(), v.data());
             if (!rotated && c.format->rotates_keys()) rotate(k.data(), dim);
             for (int d = 0; d < dim; ++d) {
-              ASSERT_NEAR(key[(t * 3 + h) * dim + d], k[d], 1e-5) << format << " " << dim << " " << t << " " << h << " " << d;
+              ASSERT_NEAR(key[(t * 3 + h) * dim + d], k[d], 1e-5)
+                  << format << " " << dim << " " << t << " " << h << " " << d;
               ASSERT_NEAR(value[(t * 3 + h) * dim + d], v[d], 1e-5) << format << " " << dim;
             }
           }

@@ -22,6 +22,7 @@ PACKAGE = Path(str(DISTRIBUTION.locate_file("tq_backend")))
 BINARIES = [
     "libtq_backend.so",
     "libtq_kernels_cpu.so",
+    "libtq_kernels_cuda.so",
     "libtq_torch.so",
     "libhwy.so.1",
     "tq-check-abi",

@@ -86,7 +86,8 @@ KernelStatus check_device(int index) {
   cudaGetLastError();
   cudaSetDevice(before);
   if (e != cudaSuccess) {
-    return unavailable("this build of the CUDA kernels does not run on this device or driver: %s", cudaGetErrorString(e));
+    return unavailable("this build of the CUDA kernels does not run on this device or driver: %s",
+                       cudaGetErrorString(e));
   }
   return {0, ""};
 }
@@ -100,7 +101,8 @@ KernelStatus probe() {
   void* nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
   if (nvml == nullptr) {
     const bool device = access("/dev/nvidia0", F_OK) == 0 || access("/dev/dxg", F_OK) == 0;
-    return device ? KernelStatus{0, ""} : unavailable("no CUDA device can be used here: %s", "there is no /dev/nvidia0");
+    return device ? KernelStatus{0, ""}
+                  : unavailable("no CUDA device can be used here: %s", "there is no /dev/nvidia0");
   }
   const auto init = reinterpret_cast<int (*)()>(dlsym(nvml, "nvmlInit_v2"));
   const auto shutdown = reinterpret_cast<int (*)()>(dlsym(nvml, "nvmlShutdown"));
@@ -150,7 +152,8 @@ KernelStatus create(int device_index, const ParallelFor*, DeviceState** out) {
   cudaDeviceProp properties;
   cudaGetDeviceProperties(&properties, device_index);
   state->index = device_index;
-  std::snprintf(state->name, sizeof(state->name), "%.40s (sm_%d%d)", properties.name, properties.major, properties.minor);
+  std::snprintf(state->name, sizeof(state->name), "%.40s (sm_%d%d)", properties.name, properties.major,
+                properties.minor);
   state->multiprocessors = properties.multiProcessorCount;
   state->shared_limit = static_cast<int>(properties.sharedMemPerBlockOptin) - 2048;  // static shared memory
   state->bulk_copies = properties.major >= 9;

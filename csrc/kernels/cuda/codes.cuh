@@ -81,7 +81,8 @@ TQ_DEVICE constexpr int nibble_dim(int w, int i) {
 }
 
 // Two e4m3 bytes, each in the upper half of a 16-bit lane, to two fp16 numbers of 1/256 their value: exponent and
-// mantissa move down by one bit, and e4m3's bias is 8 less than fp16's. Exact, subnormals too; the same on every device.
+// mantissa move down by one bit, and e4m3's bias is 8 less than fp16's. Exact, subnormals too; the same on every
+// device.
 constexpr float kFp8Scale = 256.0f;
 TQ_DEVICE uint32_t half2_of_fp8(uint32_t upper) { return ((upper >> 1) & 0x3F803F80u) | (upper & 0x80008000u); }
 

@@ -78,9 +78,9 @@ struct DecodeWarp {
   const DecodeParams& p;
   const Shape shape;
   const int lane, r, t;
-  uint8_t* query_smem;   // [kColumns][QueryRow::kBytes]
-  float* column_unit;    // [kColumns]
-  int* column_bias;      // [kColumns][2]
+  uint8_t* query_smem;  // [kColumns][QueryRow::kBytes]
+  float* column_unit;   // [kColumns]
+  int* column_bias;     // [kColumns][2]
   uint2 query[kQueryRegisters];
   QueryScale<NT> scale;
   Columns<NT> columns;
@@ -303,8 +303,8 @@ struct DecodeWarp {
       uint32_t fragment[NT][2];
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
-        const float(&w)[4] = weight[i][nt];
-        const float(&v)[4] = scaled[i][nt];
+        const float (&w)[4] = weight[i][nt];
+        const float (&v)[4] = scaled[i][nt];
         run.sum[nt][0] += w[0] + w[2];
         run.sum[nt][1] += w[1] + w[3];
         run.zero[nt][0] = fmaf(w[0], zero.x, fmaf(w[2], zero.y, run.zero[nt][0]));
@@ -380,8 +380,8 @@ struct AtomStream {
   using S = Schedule<C::kTileTokens, C::kColumns>;
   const DecodeParams& p;
   const int lane;
-  Cursor* cursor;  // in shared memory: touched once in 32 atoms
-  int left;        // tiles not yet addressed
+  Cursor* cursor;                           // in shared memory: touched once in 32 atoms
+  int left;                                 // tiles not yet addressed
   int used = 0, count = 0, next_count = 0;  // in tiles
   const uint8_t* address = nullptr;
   int next_block = 0;
@@ -552,7 +552,8 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
           own.last_row = output_row(p, c, C::kColumns);
         }
       } else {
-        float* to = p.first + (int64_t{blockIdx.x} * warps + warp) * C::kColumns * C::kDumpPitch;
+        // A whole row is finished at once; it must not overwrite the row that began earlier, which waits for the merge.
+        float* to = first_dump<C>(p, warps, warp) + (complete ? C::kColumns * C::kDumpPitch : 0);
         work.dump(to);
         __syncwarp();
         if (complete) {

@@ -27,16 +27,11 @@ DecodeInstance decode_instance() {
 template <class F>
 std::array<DecodeInstance, 10> decode_table() {
   return {
-      decode_instance<DecodeConfig<F, 64, true, 1, 2, 12>>(),
-      decode_instance<DecodeConfig<F, 64, true, 2, 2, 8>>(),
-      decode_instance<DecodeConfig<F, 128, true, 1, 2, 12>>(),
-      decode_instance<DecodeConfig<F, 128, true, 2, 2, 8>>(),
-      decode_instance<DecodeConfig<F, 256, true, 1, 1, 8>>(),
-      decode_instance<DecodeConfig<F, 256, true, 2, 1, 8>>(),
-      decode_instance<DecodeConfig<F, 512, true, 1, 1, 8>>(),
-      decode_instance<DecodeConfig<F, 128, false, 1, 1, 8>>(),
-      decode_instance<DecodeConfig<F, 256, false, 1, 1, 8>>(),
-      decode_instance<DecodeConfig<F, 512, false, 1, 1, 8>>(),
+      decode_instance<DecodeConfig<F, 64, true, 1, 2, 12>>(),  decode_instance<DecodeConfig<F, 64, true, 2, 2, 8>>(),
+      decode_instance<DecodeConfig<F, 128, true, 1, 2, 12>>(), decode_instance<DecodeConfig<F, 128, true, 2, 2, 8>>(),
+      decode_instance<DecodeConfig<F, 256, true, 1, 1, 8>>(),  decode_instance<DecodeConfig<F, 256, true, 2, 1, 8>>(),
+      decode_instance<DecodeConfig<F, 512, true, 1, 1, 8>>(),  decode_instance<DecodeConfig<F, 128, false, 1, 1, 8>>(),
+      decode_instance<DecodeConfig<F, 256, false, 1, 1, 8>>(), decode_instance<DecodeConfig<F, 512, false, 1, 1, 8>>(),
   };
 }
 

@@ -36,6 +36,12 @@ __host__ __device__ constexpr int ring_size(int slots, int atom_bytes) {
   return ((ring > dump ? ring : dump) + 127) / 128 * 128;
 }
 
+// A warp's two dumps in the workspace.
+template <class C>
+TQ_DEVICE float* first_dump(const DecodeParams& p, int warps, int warp) {
+  return p.first + (int64_t{blockIdx.x} * warps + warp) * 2 * C::kColumns * C::kDumpPitch;
+}
+
 // A column of several dumps, combined; the lanes share the dimensions.
 template <class C>
 struct Combined {
@@ -175,7 +181,7 @@ TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8
     }
     const int tail = g + members + (g < 0 ? 1 : 0);  // the warp in which the row may have ended
     const bool has_tail = tail < warps && fragments[tail].first == begin;
-    const float* tail_dump = p.first + (int64_t{blockIdx.x} * warps + tail) * kDumpFloats;
+    const float* tail_dump = first_dump<C>(p, warps, tail);
     const bool complete = begin >= cta_begin && end <= cta_end;
     const int slot = begin < cta_begin ? 0 : 1;
     for (int n = 0; n < row.columns; ++n) {

@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_c
     float factor = kFp8Scale;
     if constexpr (F::kKeyBits != 8) {
       const int block = hadamard_block_of(part, layout.head_dim);
-      factor = load_half(atom + layout.key_norm_offset(row)) * p.book.unit * rsqrtf(static_cast<float>(layout.head_dim));
+      factor =
+          load_half(atom + layout.key_norm_offset(row)) * p.book.unit * rsqrtf(static_cast<float>(layout.head_dim));
       if (!d.keep_rotated) {
 #pragma unroll
         for (int i = 0; i < 16; ++i) x[i] = holds ? x[i] : 0.0f;

@@ -10,10 +10,10 @@ namespace tq::cuda {
 constexpr int kLevelOffset = 64;  // levels lie within +-63, so offset bytes are in [1, 127]: never a sign bit
 
 struct DeviceBook {
-  uint32_t bytes[4];  // level + 64 of code i in byte i
-  float unit;         // 1 / scale: a level's value in standard deviations
-  float midpoints[8]; // of the positive half, ascending: codes of |x|
-  int half;           // codes on one side of zero
+  uint32_t bytes[4];   // level + 64 of code i in byte i
+  float unit;          // 1 / scale: a level's value in standard deviations
+  float midpoints[8];  // of the positive half, ascending: codes of |x|
+  int half;            // codes on one side of zero
 };
 
 // null (FP8 keys) gives zeros.

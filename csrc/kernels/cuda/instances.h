@@ -10,9 +10,9 @@ struct DecodeInstance {
   const void* function;  // decode_kernel<DecodeConfig<...>>
   int key_bits, value_bits;
   int dim;
-  bool exact;      // head_dim == head_dim_v == dim; otherwise both are at most dim
-  int columns;     // query columns of a row
-  int atoms;       // of a tile
+  bool exact;   // head_dim == head_dim_v == dim; otherwise both are at most dim
+  int columns;  // query columns of a row
+  int atoms;    // of a tile
   int max_warps;
   int dump_pitch;  // floats of a column of a partial result
   int warp_bytes;  // of shared memory, its ring apart

@@ -22,24 +22,22 @@ TQ_DEVICE int token_row(int r, bool upper) { return 2 * r + (token_parity(r) ^ (
 constexpr int kFloatMagicBits = 0x4B400000;
 constexpr float kFloatMagic = 12582912.0f;
 
-// Query columns in shared memory, one row each: Lloyd-Max keys take two planes of signed bytes, q = (hi + lo / 256) * unit,
-// FP8 keys fp16. kDim elements, zero beyond the head dimension; the pitch avoids bank conflicts.
+// Query columns in shared memory, one row each: Lloyd-Max keys take two planes of signed bytes, q = (hi + lo / 256) *
+// unit, FP8 keys fp16. kDim elements, zero beyond the head dimension; the pitch avoids bank conflicts.
 template <class F, int kDim>
 struct QueryRow {
   static constexpr bool kIsInt8 = F::kKeyBits != 8;
   static constexpr int kPlaneBytes = kDim;
   static constexpr int kBytes = 2 * kDim + 16;  // two byte planes or one of fp16, and padding
   // Position of dimension d within a plane.
-  TQ_DEVICE static int position(int d) {
-    return F::kKeyBits == 3 ? (d & ~15) + (d & 1) * 8 + ((d & 15) >> 1) : d;
-  }
+  TQ_DEVICE static int position(int d) { return F::kKeyBits == 3 ? (d & ~15) + (d & 1) * 8 + ((d & 15) >> 1) : d; }
 };
 
 // What scales and centres the scores of a lane's two columns of each column tile.
 template <int NT>
 struct QueryScale {
-  float unit[NT][2];    // times sum of (level * plane values) = score in log2 units
-  int bias[NT][2][2];   // start of the accumulators of the two planes
+  float unit[NT][2];   // times sum of (level * plane values) = score in log2 units
+  int bias[NT][2][2];  // start of the accumulators of the two planes
 };
 
 template <class F, int kDim, bool kExact>
@@ -49,7 +47,11 @@ struct KeyTile {
   static constexpr int kSteps = kIsInt8 ? kDim / 32 : kDim / 16;  // matrix steps
   static constexpr int kPlanes = kIsInt8 ? 2 : 1;
   static constexpr bool kPairedUnits = kExact && kDim % 128 == 0;  // 3 bits: a lane's units are neighbours
-  static constexpr int kWordsPerLoad = F::kKeyBits == 8 ? 4 : !kExact ? 1 : kDim % 128 == 0 ? 4 : kDim % 64 == 0 ? 2 : 1;
+  static constexpr int kWordsPerLoad = F::kKeyBits == 8  ? 4
+                                       : !kExact         ? 1
+                                       : kDim % 128 == 0 ? 4
+                                       : kDim % 64 == 0  ? 2
+                                                         : 1;
 
   // Byte position, within a plane of the query row, of the first B register of a step; the second is next to it.
   TQ_DEVICE static int query_offset(int step, int t) {
@@ -150,8 +152,10 @@ struct KeyTile {
       }
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
-        const uint32_t a0 = half2_of_fp8(byte_permute(w0[k], 0, 0x1404)), a2 = half2_of_fp8(byte_permute(w0[k], 0, 0x3424));
-        const uint32_t a1 = half2_of_fp8(byte_permute(w1[k], 0, 0x1404)), a3 = half2_of_fp8(byte_permute(w1[k], 0, 0x3424));
+        const uint32_t a0 = half2_of_fp8(byte_permute(w0[k], 0, 0x1404)),
+                       a2 = half2_of_fp8(byte_permute(w0[k], 0, 0x3424));
+        const uint32_t a1 = half2_of_fp8(byte_permute(w1[k], 0, 0x1404)),
+                       a3 = half2_of_fp8(byte_permute(w1[k], 0, 0x3424));
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
           const uint2 b = query(nt, 0, k);

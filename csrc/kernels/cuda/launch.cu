@@ -15,7 +15,7 @@ namespace {
 // Query tokens per sequence up to which the decode kernel is used: it splits the context over the whole device, while
 // the prefill kernel reads it once for more rows.
 constexpr int kMaxDecodeQueryLen = 16;
-constexpr int kMinTilesPerWarp = 2;  // less work is not worth another CTA and a merge
+constexpr int kMinTilesPerWarp = 2;     // less work is not worth another CTA and a merge
 constexpr int kRingBytes = 160 * 1024;  // deeper rings read slower (docs/kernels.md)
 
 std::span<const DecodeInstance> decode_table_of(const PageLayout& layout) {
@@ -72,14 +72,14 @@ struct Workspace {
 Workspace decode_workspace(const DeviceState& state, const DecodeInstance& i) {
   const uint64_t dump = uint64_t(i.columns) * i.dump_pitch * 4;
   const uint64_t partial = uint64_t(state.multiprocessors) * 2 * dump;
-  const uint64_t first = uint64_t(state.multiprocessors) * i.max_warps * dump;
+  const uint64_t first = uint64_t(state.multiprocessors) * i.max_warps * 2 * dump;
   return {partial, first, partial + first};
 }
 
 int* counters_for(DeviceState* state, const void* workspace) {
   const std::lock_guard lock(state->mutex);
-  const auto [at, added] =
-      state->counter_set.try_emplace(workspace, static_cast<int>(state->counter_set.size() % DeviceState::kCounterSets));
+  const auto [at, added] = state->counter_set.try_emplace(
+      workspace, static_cast<int>(state->counter_set.size() % DeviceState::kCounterSets));
   return state->counters + int64_t{at->second} * state->multiprocessors;
 }
 
@@ -108,9 +108,9 @@ KernelStatus launch_decode(DeviceState* state, const AttendParams& p, int max_qu
   if (const KernelStatus s = prepare(state, i->function, shape.shared_bytes); s.code != 0) return s;
   void* args[] = {&d};
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  const cudaError_t error =
-      cudaLaunchKernel(i->function, dim3(static_cast<unsigned>(state->multiprocessors)),
-                       dim3(static_cast<unsigned>(32 * shape.warps)), args, static_cast<size_t>(shape.shared_bytes), stream);
+  const cudaError_t error = cudaLaunchKernel(i->function, dim3(static_cast<unsigned>(state->multiprocessors)),
+                                             dim3(static_cast<unsigned>(32 * shape.warps)), args,
+                                             static_cast<size_t>(shape.shared_bytes), stream);
   return finish_launch(state, stream, error, "the decode kernel");
 }
 
@@ -177,11 +177,11 @@ KernelStatus supports(const DeviceState* state, const Format& format, const Page
                   std::max(layout.head_dim, layout.head_dim_v));
     return status;
   }
-  if (prefill->shared_bytes > state->shared_limit ||
-      decode_shape(*state, *decode, layout.atom_bytes()).warps == 0) {
+  if (prefill->shared_bytes > state->shared_limit || decode_shape(*state, *decode, layout.atom_bytes()).warps == 0) {
     std::snprintf(status.message, sizeof(status.message),
                   "head_dim is %d; its kernels need %d bytes of shared memory in a block, %s has %d",
-                  std::max(layout.head_dim, layout.head_dim_v), prefill->shared_bytes, state->name, state->shared_limit);
+                  std::max(layout.head_dim, layout.head_dim_v), prefill->shared_bytes, state->name,
+                  state->shared_limit);
     return status;
   }
   return {0, ""};

@@ -11,8 +11,13 @@ namespace {
 
 template <class C>
 PrefillInstance prefill_instance() {
-  return {reinterpret_cast<const void*>(&prefill_kernel<C>), C::F::kKeyBits, C::F::kValueBits, C::kDim, C::kRows,
-          C::kThreads, C::kSharedBytes};
+  return {reinterpret_cast<const void*>(&prefill_kernel<C>),
+          C::F::kKeyBits,
+          C::F::kValueBits,
+          C::kDim,
+          C::kRows,
+          C::kThreads,
+          C::kSharedBytes};
 }
 
 // Row groups, value parts and tokens of a tile: what fits 255 registers and, up to 256 dimensions, 64 KiB.

@@ -1,6 +1,6 @@
-// prefill.cuh - attention of many query tokens per sequence over compressed pages, any feature, any architecture: tiles of
-// K and V are decoded into shared memory as fp16 once for all query rows of a CTA, then multiplied as in FlashAttention-2
-// (arXiv 2307.08691).
+// prefill.cuh - attention of many query tokens per sequence over compressed pages, any feature, any architecture: tiles
+// of K and V are decoded into shared memory as fp16 once for all query rows of a CTA, then multiplied as in
+// FlashAttention-2 (arXiv 2307.08691).
 //
 // A query row is (token, head of the KV head's group), token-major. Keys stay rotated; queries are rotated on load and
 // scaled to a largest element of 1, so fp16 holds them whatever their size.
@@ -89,8 +89,8 @@ TQ_DEVICE void load_prefill_query(const PrefillParams& p, const PrefillTile& til
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[i] = 0.0f;
     if (row < tile.q_len * group && 16 * part < dim) {
-      const int64_t at = (tile.q_start + row / group) * a.query_token_stride +
-                         (head * group + row % group) * a.query_head_stride;
+      const int64_t at =
+          (tile.q_start + row / group) * a.query_token_stride + (head * group + row % group) * a.query_head_stride;
       load_16(x, a.dtype, a.query, at + 16 * part, p.vector_query);
     }
     if constexpr (kRotated) {
@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(C::kThreads) prefill_kernel(const __grid_const
         const int h = j >> 1, token = token0 + 8 * i + 2 * t + (j & 1);
         float x = s[i][j] * norms[8 * i + 2 * t + (j & 1)] * unit[h];
         if (modified) x = modify_score(x, a.soft_cap, slope[h], token - position[h]);
-        if (masked && (token >= tile.len ||
-                       !visible(position[h], token, a.causal, a.sliding_window, spans, a.max_spans))) {
+        if (masked &&
+            (token >= tile.len || !visible(position[h], token, a.causal, a.sliding_window, spans, a.max_spans))) {
           x = kMasked;
         }
         s[i][j] = x;

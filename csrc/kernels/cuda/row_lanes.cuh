@@ -1,8 +1,8 @@
 // row_lanes.cuh - one vector spread over kLanes neighbouring lanes, 16 dimensions each, and its Hadamard rotation.
 //
-// kLanes is a power of two >= dim / 16; lanes beyond the vector hold zeros. A rotation of a dimension that is not a power
-// of two consists of blocks (codec/hadamard.h), each of which starts at a multiple of its size, so a lane takes part in
-// the exchange of stride o exactly if its block spans more than o lanes.
+// kLanes is a power of two >= dim / 16; lanes beyond the vector hold zeros. A rotation of a dimension that is not a
+// power of two consists of blocks (codec/hadamard.h), each of which starts at a multiple of its size, so a lane takes
+// part in the exchange of stride o exactly if its block spans more than o lanes.
 #pragma once
 
 #include "kernels/cuda/arch/ptx.cuh"

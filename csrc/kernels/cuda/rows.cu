@@ -43,11 +43,11 @@ std::span<const RowInstance> store_instances() {
 
 std::span<const RowInstance> dequant_instances() {
   static const std::array table = {
-      dequant_instance<K8V4, 4>(), dequant_instance<K8V4, 8>(), dequant_instance<K8V4, 16>(),
-      dequant_instance<K8V4, 32>(), dequant_instance<K4V4, 4>(), dequant_instance<K4V4, 8>(),
+      dequant_instance<K8V4, 4>(),  dequant_instance<K8V4, 8>(),  dequant_instance<K8V4, 16>(),
+      dequant_instance<K8V4, 32>(), dequant_instance<K4V4, 4>(),  dequant_instance<K4V4, 8>(),
       dequant_instance<K4V4, 16>(), dequant_instance<K4V4, 32>(), dequant_instance<K3V4, 4>(),
-      dequant_instance<K3V4, 8>(), dequant_instance<K3V4, 16>(), dequant_instance<K3V4, 32>(),
-      dequant_instance<K3V3, 4>(), dequant_instance<K3V3, 8>(), dequant_instance<K3V3, 16>(),
+      dequant_instance<K3V4, 8>(),  dequant_instance<K3V4, 16>(), dequant_instance<K3V4, 32>(),
+      dequant_instance<K3V3, 4>(),  dequant_instance<K3V3, 8>(),  dequant_instance<K3V3, 16>(),
       dequant_instance<K3V3, 32>(),
   };
   return table;

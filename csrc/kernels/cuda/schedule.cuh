@@ -1,9 +1,9 @@
-// schedule.cuh - who reads which tokens in a decode launch. Computed by every warp from the lengths in device memory, so
-// that a captured graph serves any lengths at replay and nothing is read back to the host.
+// schedule.cuh - who reads which tokens in a decode launch. Computed by every warp from the lengths in device memory,
+// so that a captured graph serves any lengths at replay and nothing is read back to the host.
 //
-// A row is (sequence, KV head, tile of query columns); it reads the sequence's visible tokens in tiles of a fixed number.
-// All tiles of all rows form one line, sequence-major; each CTA takes an equal stretch of it, each warp an equal part
-// of that, and only partial results of rows that cross a border are merged.
+// A row is (sequence, KV head, tile of query columns); it reads the sequence's visible tokens in tiles of a fixed
+// number. All tiles of all rows form one line, sequence-major; each CTA takes an equal stretch of it, each warp an
+// equal part of that, and only partial results of rows that cross a border are merged.
 #pragma once
 
 #include "kernels/cuda/device_book.h"
@@ -15,12 +15,12 @@ namespace tq::cuda {
 struct DecodeParams {
   AttendParams attend;
   DeviceBook book;
-  int* counters;     // [gridDim.x], zero between launches
-  float* partial;    // [gridDim.x][2][columns][head_dim_v + 2 rounded up to 4], of rows that cross CTAs
-  float* first;      // [gridDim.x][warps][...], of rows that end inside a warp's stretch
-  int slots;         // of a warp's ring, in tiles
-  int max_query_len; // longer sequences are another kernel's
-  int min_tiles;     // of a CTA: less is not worth a merge
+  int* counters;   // [gridDim.x], zero between launches
+  float* partial;  // [gridDim.x][2][columns][head_dim_v + 2 rounded up to 4], of rows that cross CTAs
+  float* first;    // [gridDim.x][warps][2][...]: of the row that ends inside a warp's stretch, of a whole row within it
+  int slots;       // of a warp's ring, in tiles
+  int max_query_len;  // longer sequences are another kernel's
+  int min_tiles;      // of a CTA: less is not worth a merge
   bool vector_query, vector_out;
 };
 

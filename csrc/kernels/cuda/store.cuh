@@ -1,7 +1,7 @@
 // store.cuh - compresses K and V of new tokens into pages: rotate, normalise, quantize, pack and scatter in one launch.
 //
-// A vector lies in kLanes lanes, 16 dimensions each (row_lanes.cuh), so a warp holds 32 / kLanes of them: one KV head of
-// as many tokens. The same arithmetic as codec/reference.cc in float; codes differ from it at ties only.
+// A vector lies in kLanes lanes, 16 dimensions each (row_lanes.cuh), so a warp holds 32 / kLanes of them: one KV head
+// of as many tokens. The same arithmetic as codec/reference.cc in float; codes differ from it at ties only.
 #pragma once
 
 #include "kernels/cuda/codes.cuh"

@@ -1,8 +1,8 @@
 // value_tile.cuh - O^T += V^T P^T for 16 tokens (one atom): uniform value codes on the M side, weights on the N side.
 //
-// A code c enters the matrix unit as fp16 1024 + c or 1024 + 16c, an OR away from its packed bits; what the 1024 adds is
-// accumulated by one more product, with the same roundings, and taken off at the end. Scale and zero are factored into
-// the weights.
+// A code c enters the matrix unit as fp16 1024 + c or 1024 + 16c, an OR away from its packed bits; what the 1024 adds
+// is accumulated by one more product, with the same roundings, and taken off at the end. Scale and zero are factored
+// into the weights.
 #pragma once
 
 #include "kernels/cuda/arch/mma.cuh"
@@ -98,10 +98,12 @@ struct ValueTile {
 #pragma unroll
         for (int g = 0; g < 2; ++g) {
           if constexpr (kHalfUnits) {
-            two_tiles<NT>(o, 2 * g, byte_permute(u[0][g], u[1][g], half), byte_permute(u[2][g], u[3][g], half), p, magic);
+            two_tiles<NT>(o, 2 * g, byte_permute(u[0][g], u[1][g], half), byte_permute(u[2][g], u[3][g], half), p,
+                          magic);
           } else {
             const int i = j * 8 + g * 4;
-            two_tiles<NT>(o, i, byte_permute(u[0][g], u[1][g], 0x5410), byte_permute(u[2][g], u[3][g], 0x5410), p, magic);
+            two_tiles<NT>(o, i, byte_permute(u[0][g], u[1][g], 0x5410), byte_permute(u[2][g], u[3][g], 0x5410), p,
+                          magic);
             two_tiles<NT>(o, i + 2, byte_permute(u[0][g], u[1][g], 0x7632), byte_permute(u[2][g], u[3][g], 0x7632), p,
                           magic);
           }
@@ -109,7 +111,8 @@ struct ValueTile {
       }
     }
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) mma_f16(ones[nt], kHalfMagic, kHalfMagic, kHalfMagic, kHalfMagic, p[nt][0], p[nt][1]);
+    for (int nt = 0; nt < NT; ++nt)
+      mma_f16(ones[nt], kHalfMagic, kHalfMagic, kHalfMagic, kHalfMagic, p[nt][0], p[nt][1]);
   }
 };
 

@@ -1,8 +1,8 @@
 // mma.cuh - matrix products of one warp, with PTX's fragment layouts (lane = 4 * r + t).
 //
 //   A 16 x k: a0 holds row r, a1 row r + 8, a2 and a3 the same rows k/2 further; within a register the lane's k are
-//   consecutive, from 4t (8-bit) or 2t (16-bit).   B k x 8: column r, k like A.   C 16 x 8: c0, c1 row r, columns 2t and
-//   2t + 1; c2, c3 row r + 8.
+//   consecutive, from 4t (8-bit) or 2t (16-bit).   B k x 8: column r, k like A.   C 16 x 8: c0, c1 row r, columns 2t
+//   and 2t + 1; c2, c3 row r + 8.
 #pragma once
 
 #include "kernels/cuda/arch/ptx.cuh"

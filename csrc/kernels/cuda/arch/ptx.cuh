@@ -72,11 +72,10 @@ TQ_DEVICE void ring_expect(uint64_t* barrier, uint32_t bytes) {
 }
 // Called by one lane.
 TQ_DEVICE void ring_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 }
 TQ_DEVICE void ring_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
