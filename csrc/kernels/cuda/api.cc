@@ -25,7 +25,8 @@ KernelStatus status_of(cudaError_t error, const char* what) {
   return status;
 }
 
-KernelStatus prepare(DeviceState* state, const void* function, int shared_bytes) {
+// Raises a kernel's limit of dynamic shared memory, once.
+static KernelStatus prepare(DeviceState* state, const void* function, int shared_bytes) {
   if (shared_bytes <= 48 * 1024) return {0, ""};
   const std::lock_guard lock(state->mutex);
   if (state->prepared.contains(function)) return {0, ""};
@@ -36,17 +37,31 @@ KernelStatus prepare(DeviceState* state, const void* function, int shared_bytes)
   return status_of(error, "raising a kernel's shared memory limit");
 }
 
-KernelStatus finish_launch(const DeviceState* state, cudaStream_t stream, cudaError_t launched, const char* what) {
-  if (launched != cudaSuccess) {
+KernelStatus launch(DeviceState* state, const void* function, dim3 grid, int threads, int shared_bytes, void* arguments,
+                    void* stream, const char* what) {
+  if (const KernelStatus s = prepare(state, function, shared_bytes); s.code != 0) return s;
+  // Kernels begin with wait_for_previous_grid(), so that this one's launch overlaps the end of what went before it.
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = state->hopper_code ? 1 : 0;
+  void* args[] = {arguments};
+  if (const cudaError_t error = cudaLaunchKernelExC(&config, function, args); error != cudaSuccess) {
     cudaGetLastError();  // a launch that was refused leaves no sticky error behind
-    return status_of(launched, what);
+    return status_of(error, what);
   }
   if (!state->synchronous) return {0, ""};
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(stream, &capturing) == cudaSuccess && capturing != cudaStreamCaptureStatusNone) {
+  if (cudaStreamIsCapturing(config.stream, &capturing) == cudaSuccess && capturing != cudaStreamCaptureStatusNone) {
     return {0, ""};
   }
-  return status_of(cudaStreamSynchronize(stream), what);
+  return status_of(cudaStreamSynchronize(config.stream), what);
 }
 
 }  // namespace cuda
@@ -114,12 +129,15 @@ KernelStatus create(int device_index, const ParallelFor*, DeviceState** out) {
                 properties.minor);
   state->multiprocessors = properties.multiProcessorCount;
   state->shared_limit = static_cast<int>(properties.sharedMemPerBlockOptin) - 2048;  // static shared memory
-  state->bulk_copies = properties.major >= 9;
-  const char* sync = std::getenv("TQ_SYNC");
-  state->synchronous = sync != nullptr && std::strcmp(sync, "1") == 0;
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device_index);
+  // Of the code that runs here, not of the device: it may be PTX for an older one.
+  cudaFuncAttributes attributes = {};
+  state->hopper_code =
+      cudaFuncGetAttributes(&attributes, cuda::copy_pages_function()) == cudaSuccess && attributes.ptxVersion >= 90;
+  const char* sync = std::getenv("TQ_SYNC");
+  state->synchronous = sync != nullptr && std::strcmp(sync, "1") == 0;
   const size_t bytes = sizeof(int) * DeviceState::kCounterSets * state->multiprocessors;
   cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&state->counters), bytes);
   if (error == cudaSuccess) error = cudaMemset(state->counters, 0, bytes);

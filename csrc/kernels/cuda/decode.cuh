@@ -33,6 +33,10 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
   auto area = [&](int i) { return QueryArea<C>{queries + i * QueryArea<C>::kBytes}; };
   auto* barriers = reinterpret_cast<uint64_t*>(queries + decode_query_bytes<C>(warps)) + warp * p.slots;
 
+  // Arguments are read while the grid before this one ends: each line of them is a miss in a fresh multiprocessor.
+  touch_arguments(p);
+  wait_for_previous_grid();
+  let_next_grid_launch();
   const S schedule(p, lane);
   const int total = schedule.total;
   const int quota = max((total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x), p.min_tiles);

@@ -23,6 +23,7 @@ TQ_DEVICE void store_16(Dtype dtype, void* base, int64_t i, const float (&x)[16]
 // Lanes as in store.cuh.
 template <class F, int kLanes>
 __global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_constant__ DequantArgs p) {
+  wait_for_previous_grid();
   constexpr int kVectors = 32 / kLanes;
   const DequantParams& d = p.dequant;
   const PageLayout& layout = d.cache.layout;

@@ -16,8 +16,8 @@ struct DeviceState {
   int index = 0;
   char name[64] = {};
   int multiprocessors = 0;
-  int shared_limit = 0;  // bytes of a block's dynamic shared memory
-  bool bulk_copies = false;
+  int shared_limit = 0;      // bytes of a block's dynamic shared memory
+  bool hopper_code = false;  // the kernels were compiled for sm_90 or later: bulk copies, programmatic launches
   bool synchronous = false;  // TQ_SYNC=1: every call waits and reports its kernels' errors
 
   // Counters of arrived CTAs, zero between launches. A launch finds its own by its workspace, which by contract no
@@ -43,10 +43,9 @@ KernelStatus status_of(cudaError_t error, const char* what);
 KernelStatus unavailable(const char* format, const char* detail);
 // KernelApi::probe.
 KernelStatus probe();
-// Raises a kernel's limit of dynamic shared memory, once.
-KernelStatus prepare(DeviceState* state, const void* function, int shared_bytes);
-// After a launch: its own error, and with TQ_SYNC=1 the kernel's.
-KernelStatus finish_launch(const DeviceState* state, cudaStream_t stream, cudaError_t launched, const char* what);
+// Launches function(arguments). An error of its launch is reported here; with TQ_SYNC=1 the kernel's own too.
+KernelStatus launch(DeviceState* state, const void* function, dim3 grid, int threads, int shared_bytes, void* arguments,
+                    void* stream, const char* what);
 
 KernelStatus supports(const DeviceState* state, const Format& format, const PageLayout& layout, int num_heads);
 uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads, int64_t num_tokens,

@@ -48,7 +48,7 @@ struct DecodeShape {
 DecodeShape decode_shape(const DeviceState& state, const DecodeInstance& i, int atom_bytes) {
   const int tile = i.atoms * atom_bytes;
   const int dump = i.columns * i.dump_pitch * 4;
-  const int most = state.bulk_copies ? 6 : 3;  // without bulk copies a ring waits for at most two tiles ahead
+  const int most = state.hopper_code ? 6 : 3;  // without bulk copies a ring waits for at most two tiles ahead
   auto bytes = [&](int warps, int slots) {
     const int ring = (std::max(slots * tile, dump) + 127) / 128 * 128;
     const int rows = warps + warps * i.query_vectors / i.columns;
@@ -57,7 +57,7 @@ DecodeShape decode_shape(const DeviceState& state, const DecodeInstance& i, int 
   for (int warps = i.max_warps; warps >= 1; warps = warps > 4 ? warps - 4 : warps / 2) {
     for (int slots = most; slots >= 2; --slots) {
       if (slots > 2 && warps * slots * tile > kRingBytes) continue;
-      if (slots == 2 && warps > 4 && state.bulk_copies && 2 * tile * warps < 48 * 1024) continue;
+      if (slots == 2 && warps > 4 && state.hopper_code && 2 * tile * warps < 48 * 1024) continue;
       if (bytes(warps, slots) <= state.shared_limit) return {warps, slots, bytes(warps, slots)};
     }
   }
@@ -106,13 +106,8 @@ KernelStatus launch_decode(DeviceState* state, const AttendParams& p, int max_qu
   const int element = element_bytes(p.dtype);
   d.vector_query = element == 2 && aligned(p.query, p.query_token_stride, p.query_head_stride, 16, element);
   d.vector_out = element == 2 && aligned(p.out, p.out_token_stride, p.out_head_stride, 8, element);
-  if (const KernelStatus s = prepare(state, i->function, shape.shared_bytes); s.code != 0) return s;
-  void* args[] = {&d};
-  const auto stream = static_cast<cudaStream_t>(p.stream);
-  const cudaError_t error = cudaLaunchKernel(i->function, dim3(static_cast<unsigned>(state->multiprocessors)),
-                                             dim3(static_cast<unsigned>(32 * shape.warps)), args,
-                                             static_cast<size_t>(shape.shared_bytes), stream);
-  return finish_launch(state, stream, error, "the decode kernel");
+  return launch(state, i->function, dim3(static_cast<unsigned>(state->multiprocessors)), 32 * shape.warps,
+                shape.shared_bytes, &d, p.stream, "the decode kernel");
 }
 
 const PrefillInstance* find_prefill(const PageLayout& layout) {
@@ -133,16 +128,11 @@ KernelStatus launch_prefill(DeviceState* state, const AttendParams& p, int min_q
   f.min_query_len = min_query_len;
   const int element = element_bytes(p.dtype);
   f.vector_query = element == 2 && aligned(p.query, p.query_token_stride, p.query_head_stride, 16, element);
-  if (const KernelStatus s = prepare(state, i->function, i->shared_bytes); s.code != 0) return s;
   // An upper bound: every sequence may end in a tile that is not full.
   const int64_t rows = p.num_tokens * group_of(p.cache.layout, p.num_heads);
   const int64_t tiles = rows / i->rows + std::min<int64_t>(p.num_seqs, p.num_tokens / min_query_len + 1);
-  void* args[] = {&f};
-  const auto stream = static_cast<cudaStream_t>(p.stream);
-  const cudaError_t error = cudaLaunchKernel(
-      i->function, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(p.cache.layout.num_kv_heads)),
-      dim3(static_cast<unsigned>(i->threads)), args, static_cast<size_t>(i->shared_bytes), stream);
-  return finish_launch(state, stream, error, "the prefill kernel");
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.cache.layout.num_kv_heads));
+  return launch(state, i->function, grid, i->threads, i->shared_bytes, &f, p.stream, "the prefill kernel");
 }
 
 // The kernel of a table whose vectors of 16 * lanes dimensions hold these.
@@ -156,8 +146,9 @@ const RowInstance* find_rows(std::span<const RowInstance> table, const PageLayou
   return nullptr;
 }
 
-unsigned row_blocks(const RowInstance& i, int64_t tokens, int kv_heads, int threads) {
-  const int64_t vectors = 32 / i.lanes, warps = (tokens + vectors - 1) / vectors * kv_heads;
+// Blocks of `threads` for so many vectors of each token.
+unsigned row_blocks(const RowInstance& i, int64_t tokens, int per_token, int threads) {
+  const int64_t at_once = 32 / i.lanes, warps = (tokens + at_once - 1) / at_once * per_token;
   return static_cast<unsigned>((warps + threads / 32 - 1) / (threads / 32));
 }
 
@@ -219,12 +210,8 @@ KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
   const int element = element_bytes(p.dtype);
   a.vector_key = element == 2 && aligned(p.key, p.key_token_stride, p.key_head_stride, 16, element);
   a.vector_value = element == 2 && aligned(p.value, p.value_token_stride, p.value_head_stride, 16, element);
-  void* args[] = {&a};
-  const auto stream = static_cast<cudaStream_t>(p.stream);
-  const cudaError_t error =
-      cudaLaunchKernel(i->function, dim3(row_blocks(*i, p.num_tokens, p.cache.layout.num_kv_heads, kStoreThreads)),
-                       dim3(kStoreThreads), args, 0, stream);
-  return finish_launch(state, stream, error, "the store kernel");
+  const unsigned blocks = row_blocks(*i, p.num_tokens, 2 * p.cache.layout.num_kv_heads, kStoreThreads);
+  return launch(state, i->function, dim3(blocks), kStoreThreads, 0, &a, p.stream, "the store kernel");
 }
 
 KernelStatus dequant_kv(DeviceState* state, const DequantParams& p) {
@@ -233,24 +220,17 @@ KernelStatus dequant_kv(DeviceState* state, const DequantParams& p) {
   DequantArgs a = {};
   a.dequant = p;
   a.book = make_device_book(p.cache.codebook);
-  void* args[] = {&a};
-  const auto stream = static_cast<cudaStream_t>(p.stream);
-  const cudaError_t error =
-      cudaLaunchKernel(i->function, dim3(row_blocks(*i, p.num_tokens, p.cache.layout.num_kv_heads, kDequantThreads)),
-                       dim3(kDequantThreads), args, 0, stream);
-  return finish_launch(state, stream, error, "the dequantization kernel");
+  const unsigned blocks = row_blocks(*i, p.num_tokens, p.cache.layout.num_kv_heads, kDequantThreads);
+  return launch(state, i->function, dim3(blocks), kDequantThreads, 0, &a, p.stream, "the dequantization kernel");
 }
 
 KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
   if (p.num_pairs == 0) return {0, ""};
   CopyParams a = p;
-  void* args[] = {&a};
-  const auto stream = static_cast<cudaStream_t>(p.stream);
   const int64_t chunks = p.cache.layout.page_bytes() / 16;
   const unsigned y = static_cast<unsigned>(std::clamp<int64_t>(chunks / 1024, 1, 16));
-  const cudaError_t error =
-      cudaLaunchKernel(copy_pages_function(), dim3(static_cast<unsigned>(p.num_pairs), y), dim3(256), args, 0, stream);
-  return finish_launch(state, stream, error, "the page copy kernel");
+  return launch(state, copy_pages_function(), dim3(static_cast<unsigned>(p.num_pairs), y), 256, 0, &a, p.stream,
+                "the page copy kernel");
 }
 
 }  // namespace tq::cuda

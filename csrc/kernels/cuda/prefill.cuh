@@ -164,6 +164,7 @@ struct PrefillUnits {
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads) prefill_kernel(const __grid_constant__ PrefillParams p) {
+  wait_for_previous_grid();
   extern __shared__ __align__(128) uint8_t smem[];
   auto* query = reinterpret_cast<__half*>(smem);
   __half* keys = query + C::kRows * C::kPitch;

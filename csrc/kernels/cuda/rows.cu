@@ -19,6 +19,7 @@ RowInstance dequant_instance() {
 }
 
 __global__ void __launch_bounds__(256) copy_pages_kernel(const __grid_constant__ CopyParams p) {
+  wait_for_previous_grid();
   const int64_t from = p.src_dst[2 * blockIdx.x], to = p.src_dst[2 * blockIdx.x + 1];
   if (from < 0 || to < 0 || from >= p.cache.num_blocks || to >= p.cache.num_blocks) return;
   const auto* source = reinterpret_cast<const uint4*>(p.cache.data + from * p.cache.block_stride);

@@ -24,6 +24,13 @@ struct DecodeParams {
   bool vector_query, vector_out;
 };
 
+// Reads a word of each 64 bytes.
+TQ_DEVICE void touch_arguments(const DecodeParams& p) {
+  const auto* words = reinterpret_cast<const uint32_t*>(&p);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(DecodeParams) / 4); i += 16) touch(words[i]);
+}
+
 struct Sequence {
   int q_start, q_len, len;
   int first;  // first token of the first tile, a multiple of a tile's

@@ -1,7 +1,8 @@
 // store.cuh - compresses K and V of new tokens into pages: rotate, normalise, quantize, pack and scatter in one launch.
 //
 // A vector lies in kLanes lanes, 16 dimensions each (row_lanes.cuh), so a warp holds 32 / kLanes of them: one KV head
-// of as many tokens. The same arithmetic as codec/reference.cc in float; codes differ from it at ties only.
+// of as many tokens, keys or values: a step of one token is as long as one warp's chain of instructions. The same
+// arithmetic as codec/reference.cc in float; codes differ from it at ties only.
 #pragma once
 
 #include "kernels/cuda/codes.cuh"
@@ -73,6 +74,40 @@ TQ_DEVICE void nibble_words(const uint32_t (&code)[16], uint32_t& w0, uint32_t& 
   }
 }
 
+// The thresholds of the codebook's positive half, in registers: as constants the compiler would index them by what a
+// comparison gave, which is a load.
+template <int kBits>
+struct Thresholds {
+  static constexpr int kCount = (1 << (kBits - 1)) - 1;
+  float m[kCount];
+
+  TQ_DEVICE explicit Thresholds(const DeviceBook& book) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) m[i] = opaque_float(book.midpoints[i]);
+  }
+
+  // The codebook entry next to x, in standard deviations, by binary search. A tie goes up: on the negative side towards
+  // zero, so there |x| must exceed a threshold, which is what the float below |x| must reach.
+  TQ_DEVICE uint32_t code(float x) const {
+    constexpr uint32_t kHalf = 1u << (kBits - 1);
+    const bool negative = x < 0.0f;
+    const float a = __int_as_float(__float_as_int(fabsf(x)) - (negative ? 1 : 0));
+    uint32_t code;
+    if constexpr (kBits == 4) {
+      const bool b2 = a >= m[3];
+      const float low = b2 ? m[4] : m[0], middle = b2 ? m[5] : m[1], high = b2 ? m[6] : m[2];
+      const bool b1 = a >= middle;
+      const bool b0 = a >= (b1 ? high : low);
+      code = (b2 ? 4u : 0u) | (b1 ? 2u : 0u) | (b0 ? 1u : 0u);
+    } else {
+      const bool b1 = a >= m[1];
+      const bool b0 = a >= (b1 ? m[2] : m[0]);
+      code = (b1 ? 2u : 0u) | (b0 ? 1u : 0u);
+    }
+    return code ^ (negative ? kHalf - 1 : kHalf);
+  }
+};
+
 template <class F, int kLanes>
 TQ_DEVICE void store_key(const StoreArgs& p, float (&x)[16], int part, int dim, int block, uint8_t* row, uint8_t* norm,
                          bool valid) {
@@ -90,19 +125,14 @@ TQ_DEVICE void store_key(const StoreArgs& p, float (&x)[16], int part, int dim, 
       squares = fmaf(x[i], x[i], squares);
     }
     squares = reduce_row<kLanes>(squares, [](float a, float b) { return a + b; });
-    const float n = sqrtf(squares);
+    const float n = sqrt_approx(squares);
     hadamard_lanes<kLanes>(x, part, block);
-    const float factor = sqrtf(static_cast<float>(dim) / static_cast<float>(block)) / (n + 1e-8f);
-    constexpr int kHalf = 1 << (F::kKeyBits - 1);
+    const float factor =
+        __fdividef(sqrt_approx(__fdividef(static_cast<float>(dim), static_cast<float>(block))), n + 1e-8f);
+    const Thresholds<F::kKeyBits> thresholds(p.book);
     uint32_t code[16];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float v = x[i] * factor;
-      int m = 0;  // thresholds at or below |v|; on the negative side a tie goes up, towards zero
-#pragma unroll
-      for (int k = 0; k < kHalf - 1; ++k) m += v >= 0.0f ? v >= p.book.midpoints[k] : -v > p.book.midpoints[k];
-      code[i] = v >= 0.0f ? kHalf + m : kHalf - 1 - m;
-    }
+    for (int i = 0; i < 16; ++i) code[i] = thresholds.code(x[i] * factor);
     uint32_t w0, w1;
     nibble_words<F::kKeyBits>(code, w0, w1);
     // The norm correction: what the chosen levels' own norm is.
@@ -122,8 +152,9 @@ TQ_DEVICE void store_key(const StoreArgs& p, float (&x)[16], int part, int dim, 
     level_squares = reduce_row<kLanes>(level_squares, [](int a, int b) { return a + b; });
     store_unit<F::kKeyBits, kLanes>(row, part, dim, w0, w1, valid);
     if (valid && part == 0) {
-      const float level_norm = sqrtf(static_cast<float>(level_squares)) * p.book.unit * rsqrtf(static_cast<float>(dim));
-      *reinterpret_cast<uint16_t*>(norm) = to_half_saturating(n / level_norm);
+      const float level_norm =
+          sqrt_approx(static_cast<float>(level_squares)) * p.book.unit * rsqrtf(static_cast<float>(dim));
+      *reinterpret_cast<uint16_t*>(norm) = to_half_saturating(__fdividef(n, level_norm));
     }
   }
 }
@@ -145,11 +176,16 @@ TQ_DEVICE void store_value(float (&x)[16], int part, int dim, uint8_t* row, uint
   high = reduce_row<kLanes>(high, [](float a, float b) { return fmaxf(a, b); });
   constexpr int kTop = (1 << F::kValueBits) - 1;
   const float s = fmaxf((high - low) / static_cast<float>(kTop), 1e-8f);
+  // (x - low) / s rounded to nearest: a product with the rounded reciprocal and one correction, exact in this range
+  // (Markstein). Then floor(... + 0.5) by an addition that rounds down at 2^23, where floats are integers. No clamp:
+  // x - low is at most kTop * s but for its rounding.
+  const float inverse = __frcp_rn(s);
   uint32_t code[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const int c = static_cast<int>(__fdiv_rn(x[i] - low, s) + 0.5f);
-    code[i] = static_cast<uint32_t>(min(max(c, 0), kTop));
+    const float d = x[i] - low, guess = d * inverse;
+    const float quotient = fmaf(fmaf(-guess, s, d), inverse, guess);
+    code[i] = __float_as_uint(__fadd_rd(quotient + 0.5f, 8388608.0f)) & kTop;
   }
   uint32_t w0, w1;
   nibble_words<F::kValueBits>(code, w0, w1);
@@ -160,39 +196,58 @@ TQ_DEVICE void store_value(float (&x)[16], int part, int dim, uint8_t* row, uint
   }
 }
 
-// Grid: warps over (token group, KV head), heads fastest.
+// slot / block_size and the rest; slots rarely need 64 bits, whose division costs as much as the rest of the address.
+TQ_DEVICE int64_t divide_slot(int64_t slot, int block_size, int& rest) {
+  if (slot >> 32 == 0) {
+    const auto low = static_cast<uint32_t>(slot);
+    const uint32_t entry = low / static_cast<uint32_t>(block_size);
+    rest = static_cast<int>(low - entry * block_size);
+    return entry;
+  }
+  const int64_t entry = slot / block_size;
+  rest = static_cast<int>(slot - entry * block_size);
+  return entry;
+}
+
+// Grid: warps over (token group, KV head, keys or values), the last fastest.
 template <class F, int kLanes>
 __global__ void __launch_bounds__(kStoreThreads) store_kernel(const __grid_constant__ StoreArgs p) {
-  constexpr int kVectors = 32 / kLanes;
+  constexpr uint32_t kVectors = 32 / kLanes;
   const StoreParams& s = p.store;
   const PageLayout& layout = s.cache.layout;
   const int lane = threadIdx.x % 32, part = lane % kLanes;
-  const int64_t warp = int64_t{blockIdx.x} * (kStoreThreads / 32) + threadIdx.x / 32;
-  const int64_t group = warp / layout.num_kv_heads;
-  const int head = static_cast<int>(warp - group * layout.num_kv_heads);
-  const int64_t token = group * kVectors + lane / kLanes;
-  if (group * kVectors >= s.num_tokens) return;
-  int64_t slot = token < s.num_tokens ? s.slot_mapping[token] : -1;
-  if (slot >= s.cache.num_blocks * layout.block_size) slot = -1;
-  const bool valid = slot >= 0;
-  const int64_t entry = valid ? slot / layout.block_size : 0;
-  const int offset = static_cast<int>(valid ? slot - entry * layout.block_size : 0);
+  const uint32_t warp = blockIdx.x * (kStoreThreads / 32) + threadIdx.x / 32;
+  const bool is_key = warp % 2 == 0;
+  const uint32_t group = warp / 2 / layout.num_kv_heads;
+  const int head = static_cast<int>(warp / 2 - group * layout.num_kv_heads);
+  if (int64_t{group} * kVectors >= s.num_tokens) return;
+  const int64_t token = int64_t{group} * kVectors + lane / kLanes;
+  const int dim = is_key ? layout.head_dim : layout.head_dim_v;
+  wait_for_previous_grid();
+  // The slot and the vector come at the same time; a vector without a slot is not stored.
+  const bool exists = token < s.num_tokens;
+  const int64_t slot = exists ? s.slot_mapping[token] : -1;
+  float x[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) x[i] = 0.0f;
+  if (exists && 16 * part < dim) {
+    const int64_t at = is_key ? token * s.key_token_stride + head * s.key_head_stride
+                              : token * s.value_token_stride + head * s.value_head_stride;
+    load_16(x, s.dtype, is_key ? s.key : s.value, at + 16 * part, is_key ? p.vector_key : p.vector_value);
+  }
+  let_next_grid_launch();
+  const bool valid = slot >= 0 && slot < s.cache.num_blocks * layout.block_size;
+  int offset = 0;
+  const int64_t entry = valid ? divide_slot(slot, layout.block_size, offset) : 0;
   uint8_t* atom = s.cache.data + entry * s.cache.block_stride + layout.atom_offset(head, offset);
   const int row = offset % kAtomTokens;
-  float key[16], value[16];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) key[i] = value[i] = 0.0f;
-  if (valid && 16 * part < layout.head_dim) {
-    load_16(key, s.dtype, s.key, token * s.key_token_stride + head * s.key_head_stride + 16 * part, p.vector_key);
+  if (is_key) {
+    store_key<F, kLanes>(p, x, part, dim, hadamard_block_of(part, dim), atom + layout.key_row_offset(row),
+                         atom + layout.key_norm_offset(row), valid);
+  } else {
+    store_value<F, kLanes>(x, part, dim, atom + layout.value_row_offset(row), atom + layout.value_scale_offset(row),
+                           atom + layout.value_zero_offset(row), valid);
   }
-  if (valid && 16 * part < layout.head_dim_v) {
-    load_16(value, s.dtype, s.value, token * s.value_token_stride + head * s.value_head_stride + 16 * part,
-            p.vector_value);
-  }
-  store_key<F, kLanes>(p, key, part, layout.head_dim, hadamard_block_of(part, layout.head_dim),
-                       atom + layout.key_row_offset(row), atom + layout.key_norm_offset(row), valid);
-  store_value<F, kLanes>(value, part, layout.head_dim_v, atom + layout.value_row_offset(row),
-                         atom + layout.value_scale_offset(row), atom + layout.value_zero_offset(row), valid);
 }
 
 }  // namespace tq::cuda

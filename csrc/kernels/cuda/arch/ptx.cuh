@@ -39,10 +39,44 @@ TQ_DEVICE float log2_approx(float x) {
   return y;
 }
 
+// Within 2^-23 of the root; sqrtf costs a branch and a dozen instructions more.
+TQ_DEVICE float sqrt_approx(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A grid that was launched to follow another one early (programmatic dependent launch): waits until that one is done
+// and what it wrote is visible; lets the one after it begin to launch. Both do nothing in a launch of the ordinary
+// kind.
+TQ_DEVICE void wait_for_previous_grid() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+TQ_DEVICE void let_next_grid_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Adds 1 to a counter and returns what it was: a release and an acquire for the whole device.
+TQ_DEVICE int arrive(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // x in a register that the compiler takes for the result of something expensive: it keeps it there instead of computing
 // it anew at every use.
 TQ_DEVICE uint32_t opaque(uint32_t x) {
   asm("" : "+r"(x));
+  return x;
+}
+// Keeps the load of x, whose value nobody needs.
+TQ_DEVICE void touch(uint32_t x) { asm volatile("" ::"r"(x)); }
+TQ_DEVICE float opaque_float(float x) {
+  asm("" : "+f"(x));
   return x;
 }
 
