@@ -11,6 +11,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -76,16 +77,13 @@ struct Config {
   float query_scale = 2.0f, value_mean = 0.3f;
 
   std::string describe() const {
-    std::string s = std::string(format->name) + " dtype " + std::to_string(static_cast<int>(dtype)) + " heads " +
-                    std::to_string(num_heads) + ":" + std::to_string(num_kv_heads) + " dim " +
-                    std::to_string(head_dim) + "/" + std::to_string(head_dim_v) + " block " +
-                    std::to_string(block_size) + (causal ? " causal" : " full") + " window " + std::to_string(window) +
-                    " cap " + std::to_string(soft_cap) + (sinks ? " sinks" : "") + (alibi ? " alibi" : "") + " spans " +
-                    std::to_string(max_spans) + " lens";
-    for (size_t i = 0; i < seq_lens.size(); ++i) {
-      s += " " + std::to_string(query_lens[i]) + "/" + std::to_string(seq_lens[i]);
-    }
-    return s;
+    std::ostringstream s;
+    s << format->name << " dtype " << static_cast<int>(dtype) << " heads " << num_heads << ":" << num_kv_heads
+      << " dim " << head_dim << "/" << head_dim_v << " block " << block_size << (causal ? " causal" : " full")
+      << " window " << window << " cap " << soft_cap << (sinks ? " sinks" : "") << (alibi ? " alibi" : "") << " spans "
+      << max_spans << " lens";
+    for (size_t i = 0; i < seq_lens.size(); ++i) s << " " << query_lens[i] << "/" << seq_lens[i];
+    return s.str();
   }
 };
 

@@ -138,7 +138,10 @@ TEST(Hadamard, IsOrthonormalAndItsOwnInverse) {
   for (int dim = 16; dim <= 512; dim += 16) {
     std::vector<double> x(dim), y;
     double before = 0, after = 0;
-    for (double& v : x) before += (v = normal(rng)) * v;
+    for (double& v : x) {
+      v = normal(rng);
+      before += v * v;
+    }
     y = x;
     rotate(y.data(), dim);
     for (const double v : y) after += v * v;

@@ -15,7 +15,7 @@ namespace {
 // Query tokens per sequence up to which the decode kernel is used: it splits the context over the whole device, while
 // the prefill kernel reads it once for more rows.
 constexpr int kMaxDecodeQueryLen = 16;
-constexpr int kMinTilesPerWarp = 2;     // less work is not worth another CTA and a merge
+constexpr int kMinTilesPerWarp = 1;     // a CTA for less than a tile a warp is not worth its merge
 constexpr int kRingBytes = 160 * 1024;  // deeper rings read slower (docs/kernels.md)
 
 std::span<const DecodeInstance> decode_table_of(const PageLayout& layout) {
