@@ -27,7 +27,7 @@ import torch
 from gpu_abi import Backend
 from gpu_ours import Ours
 from gpu_report import COST, EXTRA, RATE, SPEEDUP, Row, lines, plot, summary, write_json, write_rows
-from gpu_timing import Candidate, Graph, Shape, interleaved, plain_reads, pool_slots
+from gpu_timing import Candidate, Graph, Shape, gpu_name, interleaved, plain_reads, pool_slots
 
 SEED = 20261123
 FORMAT = "turboquant_4bit_nc"
@@ -370,7 +370,7 @@ def main() -> int:
     torch.manual_seed(SEED)
     began = time.monotonic()
     backend = Backend(args.library)
-    gpu = torch.cuda.get_device_name()
+    gpu = gpu_name()
     try:
         import vllm.vllm_flash_attn.flash_attn_interface  # noqa: F401 - takes long; not to be part of a suite's time
     except Exception as error:  # said again by each baseline that needs it

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_timing import gpu_name
 from tq_backend.cli.heldout import load_tokenizer
 from tq_backend.cli.results import Figure, machine, write_results
 
@@ -143,7 +144,7 @@ def measure_steps(cache: str, kv_format: str, batch: int, contexts: list[int]) -
         spread = f"median of {', '.join(f'{step:.3f}' for step in sorted(steps))}"
         figures.append(Figure(f"decode step, {name}, {shape}", round(statistics.median(steps), 3), "ms", "", spread))
         figures.append(Figure(f"prefill, {name}, {shape}", round(batch * context / prefill), "tokens/s"))
-    return figures, torch.cuda.get_device_name()
+    return figures, gpu_name()
 
 
 def in_own_process(cache: str, args: argparse.Namespace) -> tuple[list[Figure], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,13 @@ class Candidate:
     calls: list[Callable[[], object]]
     nbytes: int
     guess_us: float
+
+
+def gpu_name() -> str:
+    """With the driver's version, which decides about figures as much as the card."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    return f"{torch.cuda.get_device_name()}, driver {driver}"
 
 
 def guess_us(shape: Shape, nbytes: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,16 @@ ENTRY = {
 }
 
 
-def test_readme_is_up_to_date():
-    text = (ROOT / "README.md").read_text()
-    assert readme_figures.rewritten(text, ROOT / "tests/bench/results") == text, "run ci/readme_figures.py"
+@pytest.mark.parametrize(("name", "at_most"), [("README.md", readme_figures.FEW), ("docs/figures.md", sys.maxsize)])
+def test_figures_are_up_to_date(name: str, at_most: int):
+    text = (ROOT / name).read_text()
+    assert readme_figures.rewritten(text, ROOT / "tests/bench/results", at_most) == text, "run ci/readme_figures.py"
+
+
+def test_long_results_stay_out_of_the_readme(tmp_path: Path):
+    (tmp_path / "grid.json").write_text(json.dumps([ENTRY] * (readme_figures.FEW + 1)))
+    assert "tq eval" not in readme_figures.rewritten(EMPTY, tmp_path)
+    assert "tq eval" in readme_figures.rewritten(EMPTY, tmp_path, sys.maxsize)
 
 
 def test_links_lead_somewhere():
