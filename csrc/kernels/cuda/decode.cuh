@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
   let_next_grid_launch();
   const S schedule(p, lane);
   const int total = schedule.total;
-  const int quota = max((total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x), p.min_tiles);
+  const int quota = max(p.grid.divide(total + static_cast<int>(gridDim.x) - 1), p.min_tiles);
   const int cta_begin = min(static_cast<int>(blockIdx.x) * quota, total), cta_end = min(cta_begin + quota, total);
   if (cta_begin == cta_end) return;
-  const int share = (cta_end - cta_begin) / warps, rest = (cta_end - cta_begin) % warps;
+  const int share = p.warps.divide(cta_end - cta_begin), rest = p.warps.rest(cta_end - cta_begin);
   const int begin = cta_begin + warp * share + min(warp, rest);
   const int end = begin + share + (warp < rest ? 1 : 0);
 

@@ -17,9 +17,9 @@ struct OutputRow {
 };
 
 TQ_DEVICE OutputRow output_row(const DecodeParams& p, const Cursor& c, int columns) {
-  const int kv_heads = p.attend.cache.layout.num_kv_heads, group = p.attend.num_heads / kv_heads;
-  const int first = c.row / kv_heads * columns;
-  return {c.q.q_start, c.row % kv_heads, first, min(columns, c.q.q_len * group - first)};
+  const int first = p.kv_heads.divide(c.row) * columns;
+  return {c.q.q_start, p.kv_heads.rest(c.row), first,
+          min(columns, c.q.q_len * static_cast<int>(p.group.value) - first)};
 }
 
 // What a warp leaves behind besides finished rows. A row is named by its first tile on the line; -1: none.
@@ -113,10 +113,9 @@ struct Combined {
 
   TQ_DEVICE void finish(const DecodeParams& p, const OutputRow& row, int n, int lane) {
     const AttendParams& a = p.attend;
-    const int group = a.num_heads / a.cache.layout.num_kv_heads;
     const int column = row.first_column + n;
-    const int64_t token = row.q_start + column / group;
-    const int head = row.head * group + column % group;
+    const int64_t token = row.q_start + p.group.divide(column);
+    const int head = row.head * static_cast<int>(p.group.value) + p.group.rest(column);
     float f = 1.0f;
     if (a.sinks != nullptr) {
       const float sink = a.sinks[head] * kLog2e;

@@ -50,14 +50,14 @@ __host__ __device__ constexpr int shared_query_rows(int warps) {
 template <class C>
 TQ_DEVICE void load_query(const DecodeParams& p, const Cursor& c, int n, int lane, float (&x)[16]) {
   const AttendParams& a = p.attend;
-  const int kv_heads = a.cache.layout.num_kv_heads, group = a.num_heads / kv_heads;
-  const int column = c.row / kv_heads * C::kColumns + n;
+  const int group = static_cast<int>(p.group.value);
+  const int column = p.kv_heads.divide(c.row) * C::kColumns + n;
   const int part = lane % C::kQueryLanes;
 #pragma unroll
   for (int i = 0; i < 16; ++i) x[i] = 0.0f;
   if (column < c.q.q_len * group && 16 * part < a.cache.layout.head_dim) {
-    const int token = c.q.q_start + column / group;
-    const int head = c.row % kv_heads * group + column % group;
+    const int token = c.q.q_start + p.group.divide(column);
+    const int head = p.kv_heads.rest(c.row) * group + p.group.rest(column);
     const int64_t at = token * a.query_token_stride + head * a.query_head_stride;
     load_16(x, a.dtype, a.query, at + 16 * part, p.vector_query);
   }

@@ -43,8 +43,8 @@ struct PieceStream {
     const int last = max(c.q.first, (c.q.len - 1) / tokens * tokens);
     const int token = min(c.q.first + c.tile * C::kTileTokens + lane * tokens, last);
     const PageLayout& layout = a.cache.layout;
-    const int entry = token / layout.block_size;
-    const int head = c.row % layout.num_kv_heads;
+    const int entry = p.block_size.divide(token);
+    const int head = p.kv_heads.rest(c.row);
     next_block = a.block_table[c.seq * a.block_table_stride + entry];
     next_offset = layout.atom_offset(head, token - entry * layout.block_size);
     c.tile += next_count;

@@ -76,8 +76,8 @@ struct DecodeWarp {
   // Takes this lane's fragments of a prepared row.
   TQ_DEVICE void start_row(const Cursor& c, const QueryArea<C>& prepared) {
     const AttendParams& a = p.attend;
-    const int kv_heads = a.cache.layout.num_kv_heads, group = a.num_heads / kv_heads;
-    const int head = c.row % kv_heads, first_column = c.row / kv_heads * C::kColumns;
+    const int group = static_cast<int>(p.group.value);
+    const int head = p.kv_heads.rest(c.row), first_column = p.kv_heads.divide(c.row) * C::kColumns;
     const int num_columns = c.q.q_len * group;
     area = prepared;
     full_begin = 0;
@@ -96,13 +96,13 @@ struct DecodeWarp {
         scale.unit[nt][e] = area.unit(n);
         scale.bias[nt][e] = area.bias(n);
         const int column = min(first_column + n, num_columns - 1);
-        columns.position[nt][e] = c.q.len - c.q.q_len + column / group;
-        columns.slope[nt][e] = a.alibi_slopes != nullptr ? a.alibi_slopes[head * group + column % group] : 0.0f;
+        columns.position[nt][e] = c.q.len - c.q.q_len + p.group.divide(column);
+        columns.slope[nt][e] = a.alibi_slopes != nullptr ? a.alibi_slopes[head * group + p.group.rest(column)] : 0.0f;
       }
     }
     // Bounds of the tokens that need no mask; the first and last valid columns have the extreme positions.
-    const int low = c.q.len - c.q.q_len + first_column / group;
-    const int high = c.q.len - c.q.q_len + min(first_column + C::kColumns - 1, num_columns - 1) / group;
+    const int low = c.q.len - c.q.q_len + p.group.divide(first_column);
+    const int high = c.q.len - c.q.q_len + p.group.divide(min(first_column + C::kColumns - 1, num_columns - 1));
     if (a.causal) full_end = min(full_end, low + 1);
     if (a.sliding_window > 0) full_begin = max(0, high - a.sliding_window + 1);
     if (a.soft_cap > 0.0f || a.alibi_slopes != nullptr) full_end = 0;

@@ -97,6 +97,11 @@ KernelStatus launch_decode(DeviceState* state, const AttendParams& p, int max_qu
   DecodeParams d = {};
   d.attend = p;
   d.book = make_device_book(p.cache.codebook);
+  d.group = make_divisor(group_of(p.cache.layout, p.num_heads));
+  d.kv_heads = make_divisor(p.cache.layout.num_kv_heads);
+  d.block_size = make_divisor(p.cache.layout.block_size);
+  d.grid = make_divisor(state->multiprocessors);
+  d.warps = make_divisor(shape.warps);
   d.counters = counters_for(state, p.workspace);
   d.partial = static_cast<float*>(p.workspace);
   d.first = d.partial + decode_workspace(*state, *i).partial / 4;

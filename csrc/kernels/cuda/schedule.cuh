@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/cuda/device_book.h"
+#include "kernels/cuda/divisor.h"
 #include "kernels/cuda/row_lanes.cuh"
 #include "kernels/kernels.h"
 
@@ -15,7 +16,8 @@ namespace tq::cuda {
 struct DecodeParams {
   AttendParams attend;
   DeviceBook book;
-  int* counters;   // [gridDim.x], zero between launches
+  Divisor group, kv_heads, block_size, grid, warps;  // group: query heads of a KV head
+  int* counters;                                     // [gridDim.x], zero between launches
   float* partial;  // [gridDim.x][2][columns][head_dim_v + 2 rounded up to 4], of rows that cross CTAs
   float* first;    // [gridDim.x][warps][2][...]: of the row that ends inside a warp's stretch, of a whole row within it
   int slots;       // of a warp's ring, in tiles
@@ -54,8 +56,8 @@ TQ_DEVICE Sequence read_sequence(const DecodeParams& p, int s) {
     q.first = max(0, q.len - q.q_len - a.sliding_window + 1) / kTileTokens * kTileTokens;
   }
   q.tiles = max(1, (q.len - q.first + kTileTokens - 1) / kTileTokens);
-  const int columns = q.q_len * (a.num_heads / a.cache.layout.num_kv_heads);
-  q.rows = a.cache.layout.num_kv_heads * ((columns + kColumns - 1) / kColumns);
+  const int columns = q.q_len * static_cast<int>(p.group.value);
+  q.rows = static_cast<int>(p.kv_heads.value) * ((columns + kColumns - 1) / kColumns);
   return q;
 }
 
