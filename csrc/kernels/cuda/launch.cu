@@ -156,8 +156,9 @@ const RowInstance* find_rows(std::span<const RowInstance> table, const PageLayou
   return nullptr;
 }
 
-unsigned row_blocks(const RowInstance& i, int64_t tokens, int kv_heads, int threads) {
-  const int64_t vectors = 32 / i.lanes, warps = (tokens + vectors - 1) / vectors * kv_heads;
+// Blocks of warps that hold `rows` rows of one KV head each.
+unsigned row_blocks(int rows, int64_t tokens, int kv_heads, int threads) {
+  const int64_t warps = (tokens + rows - 1) / rows * kv_heads;
   return static_cast<unsigned>((warps + threads / 32 - 1) / (threads / 32));
 }
 
@@ -221,24 +222,47 @@ KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
   a.vector_value = element == 2 && aligned(p.value, p.value_token_stride, p.value_head_stride, 16, element);
   void* args[] = {&a};
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  const cudaError_t error =
-      cudaLaunchKernel(i->function, dim3(row_blocks(*i, p.num_tokens, p.cache.layout.num_kv_heads, kStoreThreads)),
-                       dim3(kStoreThreads), args, 0, stream);
+  const cudaError_t error = cudaLaunchKernel(
+      i->function, dim3(row_blocks(32 / i->lanes, p.num_tokens, p.cache.layout.num_kv_heads, kStoreThreads)),
+      dim3(kStoreThreads), args, 0, stream);
   return finish_launch(state, stream, error, "the store kernel");
 }
 
 KernelStatus dequant_kv(DeviceState* state, const DequantParams& p) {
-  if (p.num_tokens == 0 || (p.key_out == nullptr && p.value_out == nullptr)) return {0, ""};
+  if (p.num_seqs == 0 || p.num_tokens == 0 || (p.key_out == nullptr && p.value_out == nullptr)) return {0, ""};
   const RowInstance* i = find_rows(dequant_instances(), p.cache.layout);
   DequantArgs a = {};
   a.dequant = p;
   a.book = make_device_book(p.cache.codebook);
+  // Rows are multiples of 16 elements, so only the buffers may be out of line.
+  a.vector_out = (reinterpret_cast<uintptr_t>(p.key_out) | reinterpret_cast<uintptr_t>(p.value_out)) % 16 == 0;
   void* args[] = {&a};
   const auto stream = static_cast<cudaStream_t>(p.stream);
+  const int rows = 32 / i->lanes * row_unroll(i->lanes);
   const cudaError_t error =
-      cudaLaunchKernel(i->function, dim3(row_blocks(*i, p.num_tokens, p.cache.layout.num_kv_heads, kDequantThreads)),
+      cudaLaunchKernel(i->function, dim3(row_blocks(rows, p.num_tokens, p.cache.layout.num_kv_heads, kDequantThreads)),
                        dim3(kDequantThreads), args, 0, stream);
   return finish_launch(state, stream, error, "the dequantization kernel");
+}
+
+KernelStatus rotate(DeviceState* state, const RotateParams& p) {
+  if (p.num_tokens == 0) return {0, ""};
+  const RotateInstance* i = nullptr;
+  for (const RotateInstance& candidate : rotate_instances()) {
+    if (i == nullptr && 16 * candidate.lanes >= p.head_dim) i = &candidate;
+  }
+  RotateArgs a = {};
+  a.rotate = p;
+  const int element = element_bytes(p.dtype);
+  a.vector_x = element == 2 && aligned(p.x, p.x_token_stride, p.x_head_stride, 16, element);
+  a.vector_out = element == 2 && aligned(p.out, p.out_token_stride, p.out_head_stride, 16, element);
+  void* args[] = {&a};
+  const auto stream = static_cast<cudaStream_t>(p.stream);
+  const int vectors = 32 / i->lanes * row_unroll(i->lanes);
+  const cudaError_t error =
+      cudaLaunchKernel(i->function, dim3(row_blocks(vectors, p.num_tokens * p.num_heads, 1, kRotateThreads)),
+                       dim3(kRotateThreads), args, 0, stream);
+  return finish_launch(state, stream, error, "the rotation kernel");
 }
 
 KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
