@@ -284,13 +284,24 @@ int32_t api_copy_pages(TqBackend* backend, const TqCopyPagesArgs* args, TqError*
   });
 }
 
+int32_t api_rotate(TqBackend* backend, const TqRotateArgs* args, TqError* error) {
+  return guarded(error, [&]() -> Status {
+    if (Status s = need_backend(backend); !s.ok()) return s;
+    RotateParams params = {};
+    CheckedLayer layer = {};
+    if (Status s = check_rotate(args, &params, &layer); !s.ok()) return s;
+    if (Status s = layer_supported(*backend, layer); !s.ok()) return s;
+    return from_kernel(backend->kernels->rotate(backend->state, params));
+  });
+}
+
 constexpr TqApi kApi = {
     sizeof(TqApi),       TQ_ABI_MAJOR,         TQ_ABI_MINOR,        0,
     &api_build_id,       &api_list_formats,    &api_format_by_name, &api_codebook,
     &api_fake_quantize,  &api_kv_cache_spec,   &api_plan_pages,     &api_list_libraries,
     &api_create_backend, &api_destroy_backend, &api_query_caps,     &api_query_counters,
     &api_check_layer,    &api_unmet_reason,    &api_workspace_size, &api_store_kv,
-    &api_attend,         &api_dequant_kv,      &api_copy_pages,
+    &api_attend,         &api_dequant_kv,      &api_copy_pages,     &api_rotate,
 };
 
 // Append-only: a slot that moves breaks every caller that was built before. Each pins one.
@@ -314,7 +325,8 @@ TQ_PIN_SLOT(store_kv, 15);
 TQ_PIN_SLOT(attend, 16);
 TQ_PIN_SLOT(dequant_kv, 17);
 TQ_PIN_SLOT(copy_pages, 18);
-static_assert(sizeof(TqApi) == 16 + 19 * sizeof(void*), "append a TQ_PIN_SLOT for the new function");
+TQ_PIN_SLOT(rotate, 19);
+static_assert(sizeof(TqApi) == 16 + 20 * sizeof(void*), "append a TQ_PIN_SLOT for the new function");
 
 }  // namespace
 }  // namespace tq

@@ -293,34 +293,79 @@ Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* o
   return {};
 }
 
+namespace {
+
+// Rows, first tokens and block tables of all sequences; they are in host memory.
+Status check_ranges(const TqDequantKvArgs& args, const PagedCache& cache) {
+  if (args.token_start_loc[0] != 0) {
+    return invalid("token_start_loc[0] is " + text(args.token_start_loc[0]) + "; it must be 0");
+  }
+  const int64_t capacity = int64_t{args.max_blocks_per_seq} * cache.layout.block_size;
+  for (int32_t s = 0; s < args.num_seqs; ++s) {
+    const int64_t rows = int64_t{args.token_start_loc[s + 1]} - args.token_start_loc[s];
+    if (rows < 0) {
+      return invalid("token_start_loc[" + text(s + 1) + "] is " + text(args.token_start_loc[s + 1]) + ", below the " +
+                     text(args.token_start_loc[s]) + " before it; it must ascend");
+    }
+    const int64_t count = args.token_counts != nullptr ? args.token_counts[s] : rows;
+    if (count < 0 || count > rows) {
+      return invalid("token_counts[" + text(s) + "] is " + text(count) + "; it must be from 0 to the sequence's " +
+                     text(rows) + " rows");
+    }
+    if (args.first_tokens[s] < 0) {
+      return invalid("first_tokens[" + text(s) + "] is " + text(args.first_tokens[s]) + "; it must not be negative");
+    }
+    if (args.first_tokens[s] + count > capacity) {
+      return invalid("first_tokens[" + text(s) + "] is " + text(args.first_tokens[s]) + " with " + text(count) +
+                     " tokens to decode; its block table holds " + text(capacity) + " tokens");
+    }
+    if (count == 0) continue;  // nothing of it is read
+    TQ_RETURN_IF_ERROR(check_block_row("block_table", args.block_table + s * args.block_table_stride,
+                                       args.first_tokens[s] + count, cache.layout.block_size, cache.num_blocks,
+                                       args.first_tokens[s]));
+  }
+  if (args.token_start_loc[args.num_seqs] > args.num_tokens) {
+    return invalid("token_start_loc[" + text(args.num_seqs) + "] is " + text(args.token_start_loc[args.num_seqs]) +
+                   "; it must be at most num_tokens, " + text(args.num_tokens));
+  }
+  return {};
+}
+
+}  // namespace
+
 Status check_dequant(const TqDequantKvArgs* given, bool host_tables, DequantParams* out) {
   TqDequantKvArgs args = {};
   CheckedLayer layer = {};
   TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqDequantKvArgs), &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, &layer));
   TQ_RETURN_IF_ERROR(check_pages(args.pages, layer, &out->cache));
-  if (args.first_token < 0) return invalid("first_token is " + text(args.first_token) + "; it must not be negative");
+  if (args.num_seqs < 0) return invalid("num_seqs is " + text(args.num_seqs) + "; it must not be negative");
   if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
-  const int block_size = out->cache.layout.block_size;
-  const int64_t capacity = int64_t{args.max_blocks} * block_size;
-  if (args.max_blocks < 0 || args.num_tokens > capacity || args.first_token > capacity - args.num_tokens) {
-    return invalid("first_token + num_tokens is " + text(args.first_token) + " + " + text(args.num_tokens) +
-                   "; the block table holds " + text(capacity) + " tokens");
+  if (args.max_blocks_per_seq < 0) {
+    return invalid("max_blocks_per_seq is " + text(args.max_blocks_per_seq) + "; it must not be negative");
   }
   if (args.keep_rotated != 0 && args.keep_rotated != 1) {
     return invalid("keep_rotated is " + text(args.keep_rotated) + "; it must be 0 or 1");
   }
-  if (args.num_tokens > 0) {
+  if (args.num_seqs > 0) {
+    TQ_RETURN_IF_ERROR(check_not_null("first_tokens", args.first_tokens));
+    TQ_RETURN_IF_ERROR(check_not_null("token_start_loc", args.token_start_loc));
     TQ_RETURN_IF_ERROR(check_not_null("block_table", args.block_table));
-    if (host_tables) {
-      TQ_RETURN_IF_ERROR(check_block_row("block_table", args.block_table, args.first_token + args.num_tokens,
-                                         block_size, out->cache.num_blocks, args.first_token));
+    if (args.block_table_stride < args.max_blocks_per_seq) {
+      return invalid("block_table_stride is " + text(args.block_table_stride) +
+                     "; it must be at least max_blocks_per_seq, " + text(args.max_blocks_per_seq));
     }
+    if (host_tables) TQ_RETURN_IF_ERROR(check_ranges(args, out->cache));
   }
   out->dtype = static_cast<Dtype>(layer.desc.dtype);
   out->keep_rotated = args.keep_rotated == 1;
+  out->num_seqs = args.num_seqs;
+  out->max_blocks_per_seq = args.max_blocks_per_seq;
   out->block_table = args.block_table;
-  out->first_token = args.first_token;
+  out->block_table_stride = args.block_table_stride;
+  out->first_tokens = args.first_tokens;
+  out->token_start_loc = args.token_start_loc;
+  out->token_counts = args.token_counts;
   out->num_tokens = args.num_tokens;
   out->key_out = args.key_out;
   out->value_out = args.value_out;
@@ -344,6 +389,36 @@ Status check_copy(const TqCopyPagesArgs* given, bool host_tables, CopyParams* ou
   }
   out->src_dst = args.src_dst;
   out->num_pairs = args.num_pairs;
+  out->stream = args.stream;
+  return {};
+}
+
+Status check_rotate(const TqRotateArgs* given, RotateParams* out, CheckedLayer* layer) {
+  TqRotateArgs args = {};
+  TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqRotateArgs), &args));
+  TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, layer));
+  if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
+  if (args.num_heads < 1 || args.num_heads > 65536) {
+    return invalid("num_heads is " + text(args.num_heads) + "; it must be from 1 to 65536");
+  }
+  const TqLayerDesc& d = layer->desc;
+  if (args.num_tokens > 0) {
+    TQ_RETURN_IF_ERROR(check_not_null("x", args.x));
+    TQ_RETURN_IF_ERROR(check_not_null("out", args.out));
+    TQ_RETURN_IF_ERROR(check_strides("x", args.x_token_stride, args.x_head_stride, args.num_heads, d.head_dim));
+    TQ_RETURN_IF_ERROR(check_strides("out", args.out_token_stride, args.out_head_stride, args.num_heads, d.head_dim));
+  }
+  out->dtype = static_cast<Dtype>(d.dtype);
+  out->rotates = layer->format->rotates_keys();
+  out->num_heads = args.num_heads;
+  out->head_dim = d.head_dim;
+  out->num_tokens = args.num_tokens;
+  out->x = args.x;
+  out->x_token_stride = args.x_token_stride;
+  out->x_head_stride = args.x_head_stride;
+  out->out = args.out;
+  out->out_token_stride = args.out_token_stride;
+  out->out_head_stride = args.out_head_stride;
   out->stream = args.stream;
   return {};
 }

@@ -58,5 +58,6 @@ Status check_store(const TqStoreKvArgs* args, bool host_tables, StoreParams* out
 Status check_attend(const TqAttendArgs* args, bool host_tables, AttendParams* out, CheckedLayer* layer);
 Status check_dequant(const TqDequantKvArgs* args, bool host_tables, DequantParams* out);
 Status check_copy(const TqCopyPagesArgs* args, bool host_tables, CopyParams* out);
+Status check_rotate(const TqRotateArgs* args, RotateParams* out, CheckedLayer* layer);
 
 }  // namespace tq

@@ -258,22 +258,46 @@ typedef struct TqAttendArgs {
   int32_t reserved;
 } TqAttendArgs;
 
-/* Decode tokens [first_token, first_token + num_tokens) of one sequence. key_out: [num_tokens, num_kv_heads, head_dim]
- * or NULL, value_out likewise, contiguous, dtype of the layer. Keys come back unrotated unless keep_rotated is 1. */
+/* Decode ranges of tokens of several sequences, one behind the other. Sequence s owns rows [token_start_loc[s],
+ * token_start_loc[s+1]) of the outputs; its first token_counts[s] rows (all, if token_counts is NULL) become its tokens
+ * first_tokens[s], first_tokens[s] + 1, ..., and its other rows are left alone. key_out: [num_tokens, num_kv_heads,
+ * head_dim] or NULL, value_out: [num_tokens, num_kv_heads, head_dim_v] or NULL, contiguous, dtype of the layer. Keys
+ * come back unrotated unless keep_rotated is 1. */
 typedef struct TqDequantKvArgs {
   uint32_t struct_size;
   int32_t keep_rotated;
   const TqLayerDesc* layer;
   const TqPages* pages;
-  const int32_t* block_table; /* [max_blocks] of this sequence */
-  int32_t max_blocks;
-  int32_t reserved;
-  int64_t first_token;
-  int64_t num_tokens;
+  int32_t num_seqs;
+  int32_t max_blocks_per_seq;
+  const int32_t* block_table; /* [num_seqs, max_blocks_per_seq], row stride in elements */
+  int64_t block_table_stride;
+  const int32_t* first_tokens;    /* [num_seqs], >= 0 */
+  const int32_t* token_start_loc; /* [num_seqs + 1], ascending from 0 */
+  const int32_t* token_counts;    /* [num_seqs], each at most the sequence's rows, or NULL */
+  int64_t num_tokens; /* rows of the outputs; >= token_start_loc[num_seqs] (rows beyond it are left alone) */
   void* key_out;
   void* value_out;
   void* stream;
 } TqDequantKvArgs;
+
+/* out <- x rotated as the layer's keys are before they are quantized, a copy where its format does not rotate keys. The
+ * rotation is orthonormal, so rotated queries give on rotated keys the scores that queries give on keys. x, out:
+ * [num_tokens, num_heads, head_dim], dtype of the layer, innermost dimension contiguous, strides in elements; they may
+ * be the same memory with the same strides, and must not overlap otherwise. */
+typedef struct TqRotateArgs {
+  uint32_t struct_size;
+  int32_t num_heads; /* of x and out: any number >= 1, the layer's queries or keys */
+  const TqLayerDesc* layer;
+  int64_t num_tokens;
+  const void* x;
+  int64_t x_token_stride;
+  int64_t x_head_stride;
+  void* out;
+  int64_t out_token_stride;
+  int64_t out_head_stride;
+  void* stream;
+} TqRotateArgs;
 
 typedef struct TqCopyPagesArgs {
   uint32_t struct_size;
@@ -331,6 +355,7 @@ typedef struct TqApi {
   int32_t (*attend)(TqBackend* backend, const TqAttendArgs* args, TqError* error);
   int32_t (*dequant_kv)(TqBackend* backend, const TqDequantKvArgs* args, TqError* error);
   int32_t (*copy_pages)(TqBackend* backend, const TqCopyPagesArgs* args, TqError* error);
+  int32_t (*rotate)(TqBackend* backend, const TqRotateArgs* args, TqError* error);
 } TqApi;
 
 /* (TQ_ABI_MAJOR << 16) | TQ_ABI_MINOR of the library. */

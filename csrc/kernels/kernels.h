@@ -82,11 +82,29 @@ struct DequantParams {
   PagedCache cache;
   Dtype dtype;
   bool keep_rotated;
+  int num_seqs;
+  int max_blocks_per_seq;
   const int32_t* block_table;
-  int64_t first_token;
+  int64_t block_table_stride;
+  const int32_t* first_tokens;
+  const int32_t* token_start_loc;  // [num_seqs + 1]
+  const int32_t* token_counts;     // [num_seqs] or null: all rows
+  int64_t num_tokens;              // rows
+  void* key_out;                   // [num_tokens, num_kv_heads, head_dim] contiguous, or null
+  void* value_out;                 // [num_tokens, num_kv_heads, head_dim_v] contiguous, or null
+  void* stream;
+};
+
+struct RotateParams {
+  Dtype dtype;
+  bool rotates;  // false: a copy
+  int num_heads;
+  int head_dim;
   int64_t num_tokens;
-  void* key_out;    // [num_tokens, num_kv_heads, head_dim] contiguous, or null
-  void* value_out;  // [num_tokens, num_kv_heads, head_dim_v] contiguous, or null
+  const void* x;
+  int64_t x_token_stride, x_head_stride;
+  void* out;
+  int64_t out_token_stride, out_head_stride;
   void* stream;
 };
 
@@ -123,6 +141,7 @@ struct KernelApi {
   KernelStatus (*attend)(DeviceState*, const AttendParams&);
   KernelStatus (*dequant_kv)(DeviceState*, const DequantParams&);
   KernelStatus (*copy_pages)(DeviceState*, const CopyParams&);
+  KernelStatus (*rotate)(DeviceState*, const RotateParams&);
 };
 
 }  // namespace tq

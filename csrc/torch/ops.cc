@@ -193,6 +193,13 @@ void need_size(const char* name, const Tensor& t, int64_t dim, int64_t size) {
   }
 }
 
+void need_rows(const char* name, const Tensor& t, int64_t num_seqs) {
+  if (t.size(0) < num_seqs) {
+    fail(std::string(name) + " has " + std::to_string(t.size(0)) + " rows; there are " + std::to_string(num_seqs) +
+         " sequences");
+  }
+}
+
 // A per-head float vector, or null.
 const float* head_floats(const Place& place, const char* name, const std::optional<Tensor>& t, int64_t num_heads) {
   if (!t.has_value()) return nullptr;
@@ -293,10 +300,7 @@ void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tens
   need(place, "workspace", workspace, 1, ScalarType::Byte, "uint8");
   const int64_t num_seqs = seq_lens.size(0);
   need_size("query_start_loc", query_start_loc, 0, num_seqs + 1);
-  if (block_table.size(0) < num_seqs) {
-    fail("block_table has " + std::to_string(block_table.size(0)) + " rows; there are " + std::to_string(num_seqs) +
-         " sequences");
-  }
+  need_rows("block_table", block_table, num_seqs);
   TqLayerDesc layer = make_layer(format_id, query.size(1), num_kv_heads, query.size(2), out.size(2), dtype);
   layer.sliding_window = static_cast<int32_t>(sliding_window);
   layer.soft_cap = static_cast<float>(soft_cap);
@@ -346,8 +350,9 @@ void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tens
   call(api().attend, launch.backend, &args);
 }
 
-void dequant_kv(Tensor pages, Tensor block_table, int64_t first_token, int64_t format_id, int64_t block_size,
-                Tensor key_out, Tensor value_out, bool keep_rotated) {
+void dequant_kv(Tensor pages, Tensor block_table, Tensor first_tokens, Tensor token_start_loc, int64_t format_id,
+                int64_t block_size, Tensor key_out, Tensor value_out, bool keep_rotated,
+                std::optional<Tensor> token_counts) {
   const Place place = place_of("key_out", key_out);
   const int32_t dtype = dtype_of("key_out", key_out);
   need_heads(place, "key_out", key_out, dtype);
@@ -355,7 +360,12 @@ void dequant_kv(Tensor pages, Tensor block_table, int64_t first_token, int64_t f
   need_size("value_out", value_out, 0, key_out.size(0));
   need_size("value_out", value_out, 1, key_out.size(1));
   if (!key_out.is_contiguous() || !value_out.is_contiguous()) fail("key_out or value_out is not contiguous");
-  need(place, "block_table", block_table, 1, ScalarType::Int, "int32");
+  need(place, "block_table", block_table, 2, ScalarType::Int, "int32");
+  need(place, "first_tokens", first_tokens, 1, ScalarType::Int, "int32");
+  need(place, "token_start_loc", token_start_loc, 1, ScalarType::Int, "int32");
+  const int64_t num_seqs = first_tokens.size(0);
+  need_size("token_start_loc", token_start_loc, 0, num_seqs + 1);
+  need_rows("block_table", block_table, num_seqs);
   const TqLayerDesc layer =
       make_layer(format_id, key_out.size(1), key_out.size(1), key_out.size(2), value_out.size(2), dtype);
   const TqPages cache = make_pages(place, pages, layer, block_size);
@@ -364,15 +374,46 @@ void dequant_kv(Tensor pages, Tensor block_table, int64_t first_token, int64_t f
   args.keep_rotated = keep_rotated ? 1 : 0;
   args.layer = &layer;
   args.pages = &cache;
+  args.num_seqs = static_cast<int32_t>(num_seqs);
+  args.max_blocks_per_seq = static_cast<int32_t>(block_table.size(1));
   args.block_table = static_cast<const int32_t*>(block_table.data_ptr());
-  args.max_blocks = static_cast<int32_t>(block_table.size(0));
-  args.first_token = first_token;
+  args.block_table_stride = block_table.stride(0);
+  args.first_tokens = static_cast<const int32_t*>(first_tokens.data_ptr());
+  args.token_start_loc = static_cast<const int32_t*>(token_start_loc.data_ptr());
+  if (token_counts.has_value()) {
+    need(place, "token_counts", *token_counts, 1, ScalarType::Int, "int32");
+    need_size("token_counts", *token_counts, 0, num_seqs);
+    args.token_counts = static_cast<const int32_t*>(token_counts->data_ptr());
+  }
   args.num_tokens = key_out.size(0);
   args.key_out = key_out.data_ptr();
   args.value_out = value_out.data_ptr();
   const Launch launch(place);
   args.stream = launch.stream;
   call(api().dequant_kv, launch.backend, &args);
+}
+
+void rotate(Tensor x, Tensor out, int64_t format_id) {
+  const Place place = place_of("x", x);
+  const int32_t dtype = dtype_of("x", x);
+  need_heads(place, "x", x, dtype);
+  need_heads(place, "out", out, dtype);
+  for (int64_t d = 0; d < 3; ++d) need_size("out", out, d, x.size(d));
+  const TqLayerDesc layer = make_layer(format_id, x.size(1), x.size(1), x.size(2), x.size(2), dtype);
+  TqRotateArgs args = {};
+  args.struct_size = sizeof(args);
+  args.num_heads = static_cast<int32_t>(x.size(1));
+  args.layer = &layer;
+  args.num_tokens = x.size(0);
+  args.x = x.data_ptr();
+  args.x_token_stride = x.stride(0);
+  args.x_head_stride = x.stride(1);
+  args.out = out.data_ptr();
+  args.out_token_stride = out.stride(0);
+  args.out_head_stride = out.stride(1);
+  const Launch launch(place);
+  args.stream = launch.stream;
+  call(api().rotate, launch.backend, &args);
 }
 
 // Bytes of workspace for any attend call with at most so many tokens and sequences. dtype does not matter.
@@ -405,9 +446,9 @@ STABLE_TORCH_LIBRARY(tq_backend, m) {
       "Tensor? sinks, Tensor? alibi_slopes, Tensor(b!)? lse, Tensor(c!) workspace, int max_query_len=0, Tensor? "
       "spans=None) -> ()");
   m.def(
-      "dequant_kv(Tensor pages, Tensor block_table, int first_token, int format_id, int block_size, Tensor(a!) "
-      "key_out, "
-      "Tensor(b!) value_out, bool keep_rotated) -> ()");
+      "dequant_kv(Tensor pages, Tensor block_table, Tensor first_tokens, Tensor token_start_loc, int format_id, "
+      "int block_size, Tensor(a!) key_out, Tensor(b!) value_out, bool keep_rotated, Tensor? token_counts=None) -> ()");
+  m.def("rotate(Tensor x, Tensor(a!) out, int format_id) -> ()");
   m.def(
       "workspace_size(int num_heads, int num_kv_heads, int head_dim, int head_dim_v, int format_id, int num_tokens, "
       "int num_seqs, int device_index=-1) -> int");
@@ -418,6 +459,7 @@ STABLE_TORCH_LIBRARY_IMPL(tq_backend, CPU, m) {
   m.impl("store_kv", TORCH_BOX(&store_kv));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("dequant_kv", TORCH_BOX(&dequant_kv));
+  m.impl("rotate", TORCH_BOX(&rotate));
 }
 
 // AMD's GPUs too: torch's ROCm builds dispatch them by the same key.
@@ -425,6 +467,7 @@ STABLE_TORCH_LIBRARY_IMPL(tq_backend, CUDA, m) {
   m.impl("store_kv", TORCH_BOX(&store_kv));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("dequant_kv", TORCH_BOX(&dequant_kv));
+  m.impl("rotate", TORCH_BOX(&rotate));
 }
 
 // No tensor to dispatch on.

@@ -111,21 +111,87 @@ TEST_F(BadInput, Attend) {
   expect_attend("query_head_stride is 3", [&] { attend.query_head_stride = 3; });
 }
 
-TEST_F(BadInput, DequantAndCopy) {
-  TqDequantKvArgs args = {};
-  args.struct_size = sizeof(args);
-  args.layer = &layer;
-  args.pages = &pages;
-  args.block_table = table;
-  args.max_blocks = 2;
-  args.num_tokens = 64;
+TEST_F(BadInput, DequantAndRotate) {
+  int32_t first[] = {0, 3}, rows[] = {0, 64, 70}, counts[] = {64, 5};
+  TqDequantKvArgs dequant = {};
+  dequant.struct_size = sizeof(dequant);
+  dequant.layer = &layer;
+  dequant.pages = &pages;
+  dequant.num_seqs = 2;
+  dequant.max_blocks_per_seq = 2;
+  dequant.block_table = table;
+  dequant.block_table_stride = 2;
+  dequant.first_tokens = first;
+  dequant.token_start_loc = rows;
+  dequant.token_counts = counts;
+  dequant.num_tokens = 70;
   TqError error = make_error();
-  EXPECT_EQ(api().dequant_kv(backend, &args, &error), TQ_OK) << error.message;
-  args.first_token = 1;
-  EXPECT_EQ(api().dequant_kv(backend, &args, &error), TQ_INVALID_ARGUMENT);
-  EXPECT_STREQ(error.message, "first_token + num_tokens is 1 + 64; the block table holds 64 tokens");
-  args.first_token = std::numeric_limits<int64_t>::max();
-  EXPECT_EQ(api().dequant_kv(backend, &args, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_EQ(api().dequant_kv(backend, &dequant, &error), TQ_OK) << error.message;
+  auto expect_dequant = [&](const char* words, auto&& spoil) {
+    const TqDequantKvArgs args = dequant;
+    const std::vector<int32_t> tables[] = {
+        {first, first + 2}, {rows, rows + 3}, {counts, counts + 2}, {table, table + 4}};
+    spoil();
+    TqError said = make_error();
+    EXPECT_EQ(api().dequant_kv(backend, &dequant, &said), TQ_INVALID_ARGUMENT) << words;
+    EXPECT_NE(std::string(said.message).find(words), std::string::npos) << said.message;
+    dequant = args;
+    std::copy(tables[0].begin(), tables[0].end(), first);
+    std::copy(tables[1].begin(), tables[1].end(), rows);
+    std::copy(tables[2].begin(), tables[2].end(), counts);
+    std::copy(tables[3].begin(), tables[3].end(), table);
+  };
+  expect_dequant("num_seqs is -1", [&] { dequant.num_seqs = -1; });
+  expect_dequant("num_tokens is -1", [&] { dequant.num_tokens = -1; });
+  expect_dequant("max_blocks_per_seq is -1", [&] { dequant.max_blocks_per_seq = -1; });
+  expect_dequant("block_table_stride is 1", [&] { dequant.block_table_stride = 1; });
+  expect_dequant("keep_rotated is 2", [&] { dequant.keep_rotated = 2; });
+  expect_dequant("first_tokens is NULL", [&] { dequant.first_tokens = nullptr; });
+  expect_dequant("token_start_loc is NULL", [&] { dequant.token_start_loc = nullptr; });
+  expect_dequant("block_table is NULL", [&] { dequant.block_table = nullptr; });
+  expect_dequant("token_start_loc[0] is 1; it must be 0", [&] { rows[0] = 1; });
+  expect_dequant("token_start_loc[2] is 63, below the 64 before it", [&] { rows[2] = 63; });
+  expect_dequant("token_start_loc[2] is 71; it must be at most num_tokens, 70", [&] { rows[2] = 71; });
+  expect_dequant("token_counts[1] is 7; it must be from 0 to the sequence's 6 rows", [&] { counts[1] = 7; });
+  expect_dequant("token_counts[0] is -1", [&] { counts[0] = -1; });
+  expect_dequant("first_tokens[1] is -3; it must not be negative", [&] { first[1] = -3; });
+  expect_dequant("first_tokens[0] is 1 with 64 tokens to decode; its block table holds 64 tokens",
+                 [&] { first[0] = 1; });
+  expect_dequant("first_tokens[1] is 2147483647", [&] { first[1] = std::numeric_limits<int32_t>::max(); });
+  expect_dequant("holds block 6 at entry 1", [&] { table[1] = kBlocks; });
+  table[3] = -1;  // beyond what the second sequence's range reads
+  EXPECT_EQ(api().dequant_kv(backend, &dequant, &error), TQ_OK) << error.message;
+  table[3] = 3;
+
+  TqRotateArgs rotate = {};
+  rotate.struct_size = sizeof(rotate);
+  rotate.num_heads = kHeads;
+  rotate.layer = &layer;
+  rotate.num_tokens = 3;
+  rotate.x = query.data();
+  rotate.x_token_stride = rotate.out_token_stride = kHeads * kDim;
+  rotate.x_head_stride = rotate.out_head_stride = kDim;
+  rotate.out = out.data();
+  EXPECT_EQ(api().rotate(backend, &rotate, &error), TQ_OK) << error.message;
+  auto expect_rotate = [&](const char* words, auto&& spoil) {
+    const TqRotateArgs args = rotate;
+    spoil();
+    TqError said = make_error();
+    EXPECT_EQ(api().rotate(backend, &rotate, &said), TQ_INVALID_ARGUMENT) << words;
+    EXPECT_NE(std::string(said.message).find(words), std::string::npos) << said.message;
+    rotate = args;
+  };
+  expect_rotate("num_tokens is -1", [&] { rotate.num_tokens = -1; });
+  expect_rotate("num_heads is 0; it must be from 1 to 65536", [&] { rotate.num_heads = 0; });
+  expect_rotate("x is NULL", [&] { rotate.x = nullptr; });
+  expect_rotate("out is NULL", [&] { rotate.out = nullptr; });
+  expect_rotate("x_head_stride is 3", [&] { rotate.x_head_stride = 3; });
+  expect_rotate("out_token_stride is 63", [&] { rotate.out_token_stride = kDim - 1; });
+  expect_rotate("layer is NULL", [&] { rotate.layer = nullptr; });
+}
+
+TEST_F(BadInput, Copy) {
+  TqError error = make_error();
   const int64_t pairs[] = {0, kBlocks};
   TqCopyPagesArgs copy = {};
   copy.struct_size = sizeof(copy);

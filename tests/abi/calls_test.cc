@@ -128,8 +128,13 @@ TEST_F(Calls, DequantMatchesFakeQuantize) {
   args.struct_size = sizeof(args);
   args.layer = &layer;
   args.pages = &pages;
+  const int32_t first[] = {0}, rows[] = {0, kTokens};
+  args.num_seqs = 1;
+  args.max_blocks_per_seq = 2;
   args.block_table = table;
-  args.max_blocks = 2;
+  args.block_table_stride = 2;
+  args.first_tokens = first;
+  args.token_start_loc = rows;
   args.num_tokens = kTokens;
   args.key_out = k.data();
   args.value_out = v.data();
@@ -139,6 +144,26 @@ TEST_F(Calls, DequantMatchesFakeQuantize) {
   ASSERT_EQ(api().fake_quantize(layer.format_id, 0, kDim, kTokens * kKvHeads, value.data(), want.data(), nullptr),
             TQ_OK);
   for (size_t i = 0; i < v.size(); ++i) ASSERT_NEAR(v[i], want[i], 1e-5);
+
+  // Rotated keys are what rotate makes of them; of a format without rotation, both leave keys as they are.
+  std::vector<float> kept(k.size()), rotated(k.size());
+  args.keep_rotated = 1;
+  args.key_out = kept.data();
+  ASSERT_EQ(api().dequant_kv(backend, &args, nullptr), TQ_OK);
+  TqRotateArgs turn = {};
+  turn.struct_size = sizeof(turn);
+  turn.num_heads = kKvHeads;
+  turn.layer = &layer;
+  turn.num_tokens = kTokens;
+  turn.x = k.data();
+  turn.x_token_stride = turn.out_token_stride = kKvHeads * kDim;
+  turn.x_head_stride = turn.out_head_stride = kDim;
+  turn.out = rotated.data();
+  ASSERT_EQ(api().rotate(backend, &turn, nullptr), TQ_OK);
+  for (size_t i = 0; i < k.size(); ++i) ASSERT_NEAR(rotated[i], kept[i], 1e-5);
+  layer.format_id = TQ_FORMAT_TURBOQUANT_K8V4;
+  ASSERT_EQ(api().rotate(backend, &turn, nullptr), TQ_OK);
+  EXPECT_EQ(rotated, k);
 }
 
 }  // namespace

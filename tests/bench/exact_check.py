@@ -68,7 +68,8 @@ def one_case(rng: random.Random, dtype: torch.dtype) -> tuple[float, str]:
             torch.randn(n, kv_heads, dim), torch.randn(n, kv_heads, dim), pages, slots, info["format_id"], block
         )
         key, value = torch.empty(n, kv_heads, dim), torch.empty(n, kv_heads, dim)
-        ops.dequant_kv(pages, row, 0, info["format_id"], block, key, value, False)
+        first, rows = torch.zeros(1, dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32)
+        ops.dequant_kv(pages, row[None], first, rows, info["format_id"], block, key, value, False)
         cached.append((key.double().numpy(), value.double().numpy()))
     start = torch.tensor([0, *np.cumsum(query_lens)], dtype=torch.int32)
     slopes = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)]) if alibi else None

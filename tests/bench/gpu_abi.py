@@ -157,13 +157,31 @@ class DequantKvArgs(Sized):
         ("keep_rotated", c_int32),
         ("layer", POINTER(LayerDesc)),
         ("pages", POINTER(Pages)),
+        ("num_seqs", c_int32),
+        ("max_blocks_per_seq", c_int32),
         ("block_table", c_void_p),
-        ("max_blocks", c_int32),
-        ("reserved", c_int32),
-        ("first_token", c_int64),
+        ("block_table_stride", c_int64),
+        ("first_tokens", c_void_p),
+        ("token_start_loc", c_void_p),
+        ("token_counts", c_void_p),
         ("num_tokens", c_int64),
         ("key_out", c_void_p),
         ("value_out", c_void_p),
+        ("stream", c_void_p),
+    ]
+
+
+class RotateArgs(Sized):
+    _fields_ = [
+        ("num_heads", c_int32),
+        ("layer", POINTER(LayerDesc)),
+        ("num_tokens", c_int64),
+        ("x", c_void_p),
+        ("x_token_stride", c_int64),
+        ("x_head_stride", c_int64),
+        ("out", c_void_p),
+        ("out_token_stride", c_int64),
+        ("out_head_stride", c_int64),
         ("stream", c_void_p),
     ]
 
@@ -204,6 +222,7 @@ class Api(Sized):
         ("attend", _function(c_int32, c_void_p, POINTER(AttendArgs), POINTER(Error))),
         ("dequant_kv", _function(c_int32, c_void_p, POINTER(DequantKvArgs), POINTER(Error))),
         ("copy_pages", c_void_p),
+        ("rotate", _function(c_int32, c_void_p, POINTER(RotateArgs), POINTER(Error))),
     ]
 
 
@@ -316,16 +335,39 @@ class Backend:
         return self._launch("attend", args, pool, query, out, start, lens, table, workspace)
 
     def dequant_kv(
+        self, layer: Layer, pool: torch.Tensor, block_size: int, table: torch.Tensor, first: torch.Tensor,
+        start: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep_rotated: bool = False,
+        counts: torch.Tensor | None = None,
+    ) -> Callable[[], None]:  # fmt: skip
+        """table: [seqs, blocks]; first, counts: [seqs]; start: [seqs + 1]; all int32. key, value: [rows, kv_heads, dim]."""
+        args = DequantKvArgs(
+            keep_rotated=int(keep_rotated), layer=ctypes.pointer(self._desc(layer, key.dtype)),
+            pages=ctypes.pointer(self._pages(layer, pool, block_size)), num_seqs=len(first),
+            max_blocks_per_seq=table.shape[1], block_table=table.data_ptr(), block_table_stride=table.stride(0),
+            first_tokens=first.data_ptr(), token_start_loc=start.data_ptr(),
+            token_counts=None if counts is None else counts.data_ptr(), num_tokens=len(key), key_out=key.data_ptr(),
+            value_out=value.data_ptr(),
+        )  # fmt: skip
+        keep = (pool, table, first, start, key, value) + (() if counts is None else (counts,))
+        return self._launch("dequant_kv", args, *keep)
+
+    def dequant_first(
         self, layer: Layer, pool: torch.Tensor, block_size: int, table: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         keep_rotated: bool = False,
     ) -> Callable[[], None]:  # fmt: skip
-        """The first len(key) tokens of the sequence whose blocks are table: [max_blocks]."""
-        args = DequantKvArgs(
-            keep_rotated=int(keep_rotated), layer=ctypes.pointer(self._desc(layer, key.dtype)),
-            pages=ctypes.pointer(self._pages(layer, pool, block_size)), block_table=table.data_ptr(),
-            max_blocks=len(table), num_tokens=len(key), key_out=key.data_ptr(), value_out=value.data_ptr(),
+        """The first len(key) tokens of the one sequence whose blocks are table: [blocks]."""
+        first = torch.zeros(1, dtype=torch.int32, device=table.device)
+        start = torch.tensor([0, len(key)], dtype=torch.int32, device=table.device)
+        return self.dequant_kv(layer, pool, block_size, table[None], first, start, key, value, keep_rotated)
+
+    def rotate(self, layer: Layer, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+        """x, out: [tokens, any number of heads, dim]."""
+        args = RotateArgs(
+            num_heads=x.shape[1], layer=ctypes.pointer(self._desc(layer, x.dtype)), num_tokens=len(x), x=x.data_ptr(),
+            x_token_stride=x.stride(0), x_head_stride=x.stride(1), out=out.data_ptr(), out_token_stride=out.stride(0),
+            out_head_stride=out.stride(1),
         )  # fmt: skip
-        return self._launch("dequant_kv", args, pool, table, key, value)
+        return self._launch("rotate", args, x, out)
 
     def fake_quantize(self, layer: Layer, rows: torch.Tensor, is_key: bool) -> torch.Tensor:
         """The host reference codec: what float rows [n, dim] read back as."""

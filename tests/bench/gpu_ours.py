@@ -87,7 +87,7 @@ class Ours:
         sequence = shape.seq_lens.index(max(shape.seq_lens)) if shape.lens else shape.batch // 2
         count = shape.seq_lens[sequence]
         key, value = torch.empty(2, count, shape.kv_heads, shape.dim, device=DEVICE, dtype=torch.float32)
-        self.backend.dequant_kv(layer, pool, shape.page, table[sequence], key, value)()
+        self.backend.dequant_first(layer, pool, shape.page, table[sequence], key, value)()
         rows = torch.linspace(0, shape.query_len - 1, min(CHECKED_ROWS, shape.query_len), device=DEVICE).long()
         at = sequence * shape.query_len + rows
         want = attention(query[at].float(), key, value, count - shape.query_len + rows, shape)
@@ -99,7 +99,7 @@ class Ours:
         layer, pool, tables, nbytes = self._placed(shape, format_name)
         key, value = torch.empty(2, shape.context, shape.kv_heads, shape.dim, device=DEVICE, dtype=BF16)
         calls = [
-            self.backend.dequant_kv(layer, pool, shape.page, table[0], key, value, keep_rotated) for table in tables
+            self.backend.dequant_first(layer, pool, shape.page, table[0], key, value, keep_rotated) for table in tables
         ]
         moved = nbytes + shape.raw_bytes(2)
         return Candidate(calls, moved, guess_us(shape, moved))
@@ -123,7 +123,7 @@ class Ours:
         kv = torch.randn(2, count, kv_heads, dim, device=DEVICE, dtype=BF16)
         back = torch.full(kv.shape, math.nan, device=DEVICE, dtype=torch.float32)
         self.backend.store_kv(layer, pool, page, kv[0], kv[1], slots_of(table, page, count))()
-        self.backend.dequant_kv(layer, pool, page, table, back[0], back[1])()
+        self.backend.dequant_first(layer, pool, page, table, back[0], back[1])()
         worst = 0.0
         for got, given, is_key in ((back[0], kv[0], True), (back[1], kv[1], False)):
             want = self.backend.fake_quantize(layer, given.reshape(-1, dim), is_key)

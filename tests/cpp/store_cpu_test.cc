@@ -1,4 +1,4 @@
-// store_cpu_test.cc - CPU store, dequantize and copy against the reference codec and page.
+// store_cpu_test.cc - CPU store, dequantize, rotate and copy against the reference codec and page.
 #include <algorithm>
 
 #include "cpu_fixture.h"
@@ -192,38 +192,98 @@ TEST(StoreCpu, OutliersStayInTheirToken) {
   }
 }
 
+// Ranges of four sequences: one that ends within its rows, an empty one, one that begins within a page. Rows that no
+// range fills keep what was in them.
 TEST(DequantCpu, EqualsReference) {
   CpuDevice device;
+  const std::vector<int32_t> table = {3, 0, -9, -9, -9, -9, 4, 2, 1, -9, -9, -9};  // [4, 3]; -9 must not be read
+  const std::vector<int32_t> first = {0, 5, 13, 2}, start = {0, 25, 25, 56, 70}, counts = {20, 0, 31, 0};
+  constexpr int kRows = 75;
   for (const Format& format : all_formats()) {
     for (const int dim : {48, 80, 128, 512}) {
       Store s(format, Dtype::kF32, dim, dim, 2, 16, 80, 17, [](int64_t) { return 1.0f; });
       for (int i = 0; i < 80; ++i) s.slots[i] = i;
       s.run(device.get());
-      const std::vector<int32_t> table = {0, 1, 2, 3, 4};
       for (const bool keep_rotated : {false, true}) {
-        std::vector<float> key(60 * 2 * dim), value(60 * 2 * dim);
+        std::vector<float> key(kRows * 2 * dim, -7.0f), value(key);
         DequantParams p = {};
         p.cache = s.cache();
         p.dtype = Dtype::kF32;
         p.keep_rotated = keep_rotated;
+        p.num_seqs = 4;
+        p.max_blocks_per_seq = 3;
         p.block_table = table.data();
-        p.first_token = 13;
-        p.num_tokens = 60;
+        p.block_table_stride = 3;
+        p.first_tokens = first.data();
+        p.token_start_loc = start.data();
+        p.token_counts = counts.data();
+        p.num_tokens = kRows;
         p.key_out = key.data();
         p.value_out = value.data();
         ASSERT_EQ(cpu_kernels().dequant_kv(device.get(), p).code, 0);
         std::vector<double> k(dim), v(dim);
-        for (int i = 0; i < 60; ++i) {
-          for (int h = 0; h < 2; ++h) {
-            const int token = 13 + i;
-            reference_load<double>(format, s.layout, s.pages.data() + token / 16 * s.stride, h, token % 16, k.data(),
-                                   v.data());
-            if (format.rotates_keys() && !keep_rotated) rotate(k.data(), dim);
-            for (int d = 0; d < dim; ++d) {
-              // A few float roundings of values below 8.
-              ASSERT_NEAR(key[(i * 2 + h) * dim + d], k[d], 1e-5) << format.name << " dim " << dim;
-              ASSERT_NEAR(value[(i * 2 + h) * dim + d], v[d], 1e-5) << format.name << " dim " << dim;
+        std::vector<bool> filled(kRows, false);
+        for (int q = 0; q < 4; ++q) {
+          for (int i = 0; i < counts[q]; ++i) {
+            filled[start[q] + i] = true;
+            const int token = first[q] + i, block = table[q * 3 + token / 16];
+            for (int h = 0; h < 2; ++h) {
+              reference_load<double>(format, s.layout, s.pages.data() + block * s.stride, h, token % 16, k.data(),
+                                     v.data());
+              if (format.rotates_keys() && !keep_rotated) rotate(k.data(), dim);
+              for (int d = 0; d < dim; ++d) {
+                const int64_t at = (int64_t{start[q] + i} * 2 + h) * dim + d;
+                // A few float roundings of values below 8.
+                ASSERT_NEAR(key[at], k[d], 1e-5) << format.name << " dim " << dim;
+                ASSERT_NEAR(value[at], v[d], 1e-5) << format.name << " dim " << dim;
+              }
             }
+          }
+        }
+        for (int64_t i = 0; i < int64_t{kRows} * 2 * dim; ++i) {
+          const bool kept = key[i] == -7.0f && value[i] == -7.0f;
+          ASSERT_TRUE(kept || filled[i / (2 * dim)]) << "row " << i / (2 * dim);
+        }
+      }
+    }
+  }
+}
+
+TEST(RotateCpu, EqualsReference) {
+  CpuDevice device;
+  std::mt19937 rng(test_seed(29));
+  std::normal_distribution<float> normal;
+  constexpr int kTokens = 19, kHeads = 3, kGap = 5;  // kGap: rows lie further apart than they are long
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBF16}) {
+    for (const int dim : {16, 48, 64, 80, 112, 128, 208, 512}) {
+      const int64_t count = int64_t{kTokens} * kHeads * (dim + kGap);
+      std::vector<uint8_t> x(count * dtype_bytes(dtype)), out(x.size(), 0x33);
+      for (int64_t i = 0; i < count; ++i) from_float(dtype, x.data(), i, normal(rng));
+      for (const bool rotates : {true, false}) {
+        RotateParams p = {};
+        p.dtype = dtype;
+        p.rotates = rotates;
+        p.num_heads = kHeads;
+        p.head_dim = dim;
+        p.num_tokens = kTokens;
+        p.x = x.data();
+        p.x_token_stride = p.out_token_stride = kHeads * (dim + kGap);
+        p.x_head_stride = p.out_head_stride = dim + kGap;
+        p.out = out.data();
+        ASSERT_EQ(cpu_kernels().rotate(device.get(), p).code, 0);
+        std::vector<double> want(dim);
+        for (int64_t r = 0; r < kTokens * kHeads; ++r) {
+          const int64_t at = r * (dim + kGap);
+          for (int d = 0; d < dim; ++d) want[d] = to_float(dtype, x.data(), at + d);
+          if (rotates) rotate(want.data(), dim);
+          for (int d = 0; d < dim; ++d) {
+            // One rounding of the output to the dtype (values are below 8), on top of nine of float.
+            const double tolerance = dtype == Dtype::kF32 ? 4e-6 : dtype == Dtype::kF16 ? 2e-3 : 1.6e-2;
+            ASSERT_NEAR(to_float(dtype, out.data(), at + d), want[d], rotates ? tolerance : 0.0) << "dim " << dim;
+          }
+          for (int d = dim; d < dim + kGap; ++d) {
+            const size_t byte = static_cast<size_t>(at + d) * dtype_bytes(dtype);
+            ASSERT_EQ(out[byte], 0x33) << "between rows";
           }
         }
       }

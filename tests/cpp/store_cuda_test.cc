@@ -1,4 +1,4 @@
-// store_cuda_test.cc - CUDA store, dequantize and page copy against the reference codec.
+// store_cuda_test.cc - CUDA store, dequantize, rotation and page copy against the reference codec.
 #include "codec/reference.h"
 #include "cuda_fixture.h"
 
@@ -145,49 +145,182 @@ TEST_F(StoreCuda, PagesEqualTheReference) {
   }
 }
 
+// A dequantize call with its tables on the GPU, for tests that spoil one of them.
+struct Ranges {
+  std::vector<int32_t> table, first, start, counts;  // counts may be empty: all rows
+  int blocks;                                        // of a sequence
+
+  void run(DequantParams p, DeviceState* device) const {
+    DeviceBytes table_(table), first_(first), start_(start), counts_(counts);
+    p.num_seqs = static_cast<int>(first.size());
+    p.max_blocks_per_seq = blocks;
+    p.block_table = table_.get<int32_t>();
+    p.block_table_stride = blocks;
+    p.first_tokens = first_.get<int32_t>();
+    p.token_start_loc = start_.get<int32_t>();
+    p.token_counts = counts.empty() ? nullptr : counts_.get<int32_t>();
+    const KernelStatus status = cuda_kernels().dequant_kv(device, p);
+    ASSERT_EQ(status.code, 0) << status.message;
+    cuda_ok(cudaDeviceSynchronize());
+  }
+};
+
+// Four sequences, one of them empty and two with rows that stay as they are.
 TEST_F(StoreCuda, DequantEqualsTheReference) {
   std::mt19937 rng(test_seed(42));
   for (const char* format : {"turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"}) {
-    for (const int dim : {16, 64, 80, 112, 128, 256, 512}) {
-      Config c;
-      c.format = find_format(format);
-      c.dtype = Dtype::kF32;
-      c.num_heads = c.num_kv_heads = 3;
-      c.head_dim = c.head_dim_v = dim;
-      c.block_size = 48;
-      c.query_lens = {1};
-      c.seq_lens = {200};
-      Case test(c, rng());
-      DeviceBytes pages(test.pages.data(), test.num_blocks * test.stride), table(test.table);
-      const int64_t first = 13, count = 171, elements = count * 3 * dim;
-      for (const bool rotated : {false, true}) {
-        std::vector<float> key(elements, NAN), value(elements, NAN);
-        DeviceBytes key_out(key), value_out(value);
-        DequantParams p = {};
-        p.cache = test.cache();
-        p.cache.data = pages.get<uint8_t>();
-        p.dtype = Dtype::kF32;
-        p.keep_rotated = rotated;
-        p.block_table = table.get<int32_t>();
-        p.first_token = first;
-        p.num_tokens = count;
-        p.key_out = key_out.get();
-        p.value_out = value_out.get();
-        ASSERT_EQ(cuda_kernels().dequant_kv(device, p).code, 0);
-        cuda_ok(cudaDeviceSynchronize());
-        key_out.download(key.data());
-        value_out.download(value.data());
-        std::vector<double> k(dim), v(dim);
-        for (int64_t t = 0; t < count; ++t) {
-          for (int h = 0; h < 3; ++h) {
-            const int at = static_cast<int>(first + t);
-            reference_load<double>(*c.format, test.layout, test.page(0, at), h, at % c.block_size, k.data(), v.data());
-            if (!rotated && c.format->rotates_keys()) rotate(k.data(), dim);
-            for (int d = 0; d < dim; ++d) {
-              ASSERT_NEAR(key[(t * 3 + h) * dim + d], k[d], 1e-5)
-                  << format << " " << dim << " " << t << " " << h << " " << d;
-              ASSERT_NEAR(value[(t * 3 + h) * dim + d], v[d], 1e-5) << format << " " << dim;
+    for (const int dim : {16, 64, 80, 112, 128, 144, 256, 512}) {
+      for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBF16}) {
+        Config c;
+        c.format = find_format(format);
+        c.dtype = Dtype::kF32;
+        c.num_heads = c.num_kv_heads = 3;
+        c.head_dim = c.head_dim_v = dim;
+        c.block_size = 48;
+        c.query_lens = {1, 1, 1, 1};
+        c.seq_lens = {200, 64, 150, 90};
+        Case test(c, rng());
+        Ranges ranges;
+        ranges.blocks = static_cast<int>(test.table.size() / 4);
+        ranges.table = test.table;
+        ranges.first = {13, 5, 0, 41};
+        ranges.start = {0, 171, 171, 330, 380};
+        ranges.counts = {171, 0, 140, 3};
+        const int64_t rows = 385, elements = rows * 3 * dim;
+        DeviceBytes pages(test.pages.data(), test.num_blocks * test.stride);
+        for (const bool rotated : {false, true}) {
+          std::vector<uint8_t> key(elements * dtype_bytes(dtype), 0x33), value(key);
+          DeviceBytes key_out(key), value_out(value);
+          DequantParams p = {};
+          p.cache = test.cache();
+          p.cache.data = pages.get<uint8_t>();
+          p.dtype = dtype;
+          p.keep_rotated = rotated;
+          p.num_tokens = rows;
+          p.key_out = key_out.get();
+          p.value_out = value_out.get();
+          ASSERT_NO_FATAL_FAILURE(ranges.run(p, device));
+          key_out.download(key.data());
+          value_out.download(value.data());
+          std::vector<double> k(dim), v(dim);
+          std::vector<bool> filled(rows, false);
+          // One rounding to the dtype; values of the case are below 16.
+          const double tolerance = dtype == Dtype::kF32 ? 1e-5 : dtype == Dtype::kF16 ? 4e-3 : 3.2e-2;
+          for (int s = 0; s < 4; ++s) {
+            for (int64_t t = 0; t < ranges.counts[s]; ++t) {
+              const int64_t row = ranges.start[s] + t;
+              const int at = static_cast<int>(ranges.first[s] + t);
+              filled[row] = true;
+              for (int h = 0; h < 3; ++h) {
+                reference_load<double>(*c.format, test.layout, test.page(s, at), h, at % c.block_size, k.data(),
+                                       v.data());
+                if (!rotated && c.format->rotates_keys()) rotate(k.data(), dim);
+                for (int d = 0; d < dim; ++d) {
+                  ASSERT_NEAR(to_float(dtype, key.data(), (row * 3 + h) * dim + d), k[d], tolerance)
+                      << format << " " << dim << " " << s << " " << t << " " << h << " " << d;
+                  ASSERT_NEAR(to_float(dtype, value.data(), (row * 3 + h) * dim + d), v[d], tolerance)
+                      << format << " " << dim;
+                }
+              }
             }
+          }
+          const size_t row_bytes = size_t(3) * dim * dtype_bytes(dtype);
+          for (size_t i = 0; i < key.size(); ++i) {
+            const bool kept = key[i] == 0x33 && value[i] == 0x33;
+            ASSERT_TRUE(kept || filled[i / row_bytes]) << "row " << i / row_bytes;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Tables in device memory cannot be checked before a launch: wrong ones may give wrong rows, and no wild access.
+TEST_F(StoreCuda, DequantSurvivesWrongTables) {
+  Config c;
+  c.format = find_format("turboquant_4bit_nc");
+  c.dtype = Dtype::kF32;
+  c.num_heads = c.num_kv_heads = 2;
+  c.head_dim = c.head_dim_v = 128;
+  c.block_size = 16;
+  c.query_lens = {1, 1};
+  c.seq_lens = {64, 64};
+  Case test(c, 46);
+  DeviceBytes pages(test.pages.data(), test.num_blocks * test.stride);
+  const int64_t rows = 40;
+  DeviceBytes key_out(rows * 2 * 128 * 4), value_out(rows * 2 * 128 * 4);
+  DequantParams p = {};
+  p.cache = test.cache();
+  p.cache.data = pages.get<uint8_t>();
+  p.dtype = Dtype::kF32;
+  p.num_tokens = rows;
+  p.key_out = key_out.get();
+  p.value_out = value_out.get();
+  constexpr int32_t kLarge = std::numeric_limits<int32_t>::max(), kSmall = std::numeric_limits<int32_t>::min();
+  Ranges right;
+  right.blocks = static_cast<int>(test.table.size() / 2);
+  right.table = test.table;
+  right.first = {0, 3};
+  right.start = {0, 20, 40};
+  for (const std::vector<int32_t>& start :
+       {std::vector{0, 20, kLarge}, std::vector{0, kLarge, 40}, std::vector{kSmall, kSmall, kLarge},
+        std::vector{9, 8, 7}, std::vector{0, kSmall, 40}}) {
+    Ranges wrong = right;
+    wrong.start = start;
+    ASSERT_NO_FATAL_FAILURE(wrong.run(p, device));
+  }
+  for (const int32_t x : {kLarge, kSmall, -1, 63, 64}) {
+    Ranges wrong = right;
+    wrong.first = {x, x};
+    ASSERT_NO_FATAL_FAILURE(wrong.run(p, device));
+    wrong = right;
+    std::fill(wrong.table.begin(), wrong.table.end(), x);
+    ASSERT_NO_FATAL_FAILURE(wrong.run(p, device));
+    wrong = right;
+    wrong.counts = {x, x};
+    ASSERT_NO_FATAL_FAILURE(wrong.run(p, device));
+  }
+}
+
+TEST_F(StoreCuda, RotatesAsTheReference) {
+  std::mt19937 rng(test_seed(45));
+  std::normal_distribution<float> normal;
+  constexpr int kTokens = 37, kHeads = 5;
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBF16}) {
+    for (const int dim : {16, 48, 64, 80, 96, 112, 128, 192, 208, 256, 512}) {
+      for (const int gap : {0, 8, 3}) {  // rows that lie closely, apart on 16 bytes, and not on 16 bytes
+        const int64_t count = int64_t{kTokens} * kHeads * (dim + gap);
+        std::vector<uint8_t> x(count * dtype_bytes(dtype)), out(x.size(), 0x33);
+        for (int64_t i = 0; i < count; ++i) from_float(dtype, x.data(), i, normal(rng));
+        DeviceBytes device_x(x);
+        for (const bool rotates : {true, false}) {
+          DeviceBytes device_out(out);
+          RotateParams p = {};
+          p.dtype = dtype;
+          p.rotates = rotates;
+          p.num_heads = kHeads;
+          p.head_dim = dim;
+          p.num_tokens = kTokens;
+          p.x = device_x.get();
+          p.x_token_stride = p.out_token_stride = kHeads * (dim + gap);
+          p.x_head_stride = p.out_head_stride = dim + gap;
+          p.out = device_out.get();
+          ASSERT_EQ(cuda_kernels().rotate(device, p).code, 0);
+          cuda_ok(cudaDeviceSynchronize());
+          std::vector<uint8_t> got(out.size());
+          device_out.download(got.data());
+          std::vector<double> want(dim);
+          // One rounding of the output to the dtype (values are below 8), on top of nine of float.
+          const double tolerance = dtype == Dtype::kF32 ? 4e-6 : dtype == Dtype::kF16 ? 2e-3 : 1.6e-2;
+          for (int64_t r = 0; r < kTokens * kHeads; ++r) {
+            const int64_t at = r * (dim + gap);
+            for (int d = 0; d < dim; ++d) want[d] = to_float(dtype, x.data(), at + d);
+            if (rotates) rotate(want.data(), dim);
+            for (int d = 0; d < dim; ++d) {
+              ASSERT_NEAR(to_float(dtype, got.data(), at + d), want[d], rotates ? tolerance : 0.0)
+                  << "dim " << dim << " gap " << gap;
+            }
+            for (int d = dim; d < dim + gap; ++d) ASSERT_EQ(got[(at + d) * dtype_bytes(dtype)], 0x33);
           }
         }
       }
@@ -240,19 +373,15 @@ TEST_F(StoreCuda, FarBlocks) {
   p.key_head_stride = p.value_head_stride = 128;
   p.slot_mapping = device_slot.get<int64_t>();
   ASSERT_EQ(cuda_kernels().store_kv(device, p).code, 0);
-  std::vector<int32_t> table = {static_cast<int32_t>(blocks - 1)};
-  DeviceBytes device_table(table);
   std::vector<float> value(8 * 128, NAN);
   DeviceBytes value_out(value);
   DequantParams d = {};
   d.cache = p.cache;
   d.dtype = Dtype::kF32;
-  d.block_table = device_table.get<int32_t>();
-  d.first_token = 7;
   d.num_tokens = 1;
   d.value_out = value_out.get();
-  ASSERT_EQ(cuda_kernels().dequant_kv(device, d).code, 0);
-  cuda_ok(cudaDeviceSynchronize());
+  const Ranges ranges = {{static_cast<int32_t>(blocks - 1)}, {7}, {0, 1}, {}, 1};
+  ASSERT_NO_FATAL_FAILURE(ranges.run(d, device));
   value_out.download(value.data());
   for (size_t i = 0; i < value.size(); ++i) EXPECT_NEAR(value[i], kv[i], 0.35f);
 }

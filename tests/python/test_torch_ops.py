@@ -115,20 +115,85 @@ def test_the_first_tensor_is_on_a_device_that_is_served():
         on_the_cpu_kernel("attend", **given)
 
 
-def test_store_and_dequant_name_the_tensor_too():
+def dequant_arguments() -> dict[str, object]:
+    """Of dequant_kv, for two sequences with 1 and 3 tokens to decode, of one page each."""
+    spec = native().kv_cache_spec(FORMAT, KV_HEADS, DIM)
+    return {
+        "pages": torch.zeros(2, spec["bytes_per_token"] * BLOCK, dtype=torch.uint8),
+        "block_table": torch.tensor([[0], [1]], dtype=torch.int32),
+        "first_tokens": torch.tensor([0, 5], dtype=torch.int32),
+        "token_start_loc": torch.tensor([0, 1, 4], dtype=torch.int32),
+        "format_id": spec["format_id"],
+        "block_size": BLOCK,
+        "key_out": torch.zeros(4, KV_HEADS, DIM),
+        "value_out": torch.zeros(4, KV_HEADS, DIM),
+        "keep_rotated": False,
+    }
+
+
+def test_store_dequant_and_rotate_name_the_tensor_too():
     spec = native().kv_cache_spec(FORMAT, KV_HEADS, DIM)
     pages = torch.zeros(1, spec["bytes_per_token"] * BLOCK, dtype=torch.uint8)
-    key, table = torch.zeros(1, KV_HEADS, DIM), torch.zeros(1, dtype=torch.int32)
+    key = torch.zeros(1, KV_HEADS, DIM)
     with pytest.raises(RuntimeError, match=r"slot_mapping is on neither .* and key on the CPU"):
         on_the_cpu_kernel(
             "store_kv", key=key, value=key, pages=pages, slot_mapping=torch.zeros(1, dtype=torch.int64, device="meta"),
             format_id=spec["format_id"], block_size=BLOCK,
         )  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"pages is on neither .* and key_out on the CPU"):
-        on_the_cpu_kernel(
-            "dequant_kv", pages=pages.to("meta"), block_table=table, first_token=0, format_id=spec["format_id"],
-            block_size=BLOCK, key_out=key, value_out=torch.zeros_like(key), keep_rotated=False,
-        )  # fmt: skip
+    given = dequant_arguments()
+    for name in ("pages", "block_table", "first_tokens", "token_start_loc", "value_out"):
+        with pytest.raises(RuntimeError, match=rf"{name} is on neither .* and key_out on the CPU"):
+            on_the_cpu_kernel("dequant_kv", **given | {name: given[name].to("meta")})
+    with pytest.raises(RuntimeError, match=r"token_counts is on neither .* and key_out on the CPU"):
+        on_the_cpu_kernel("dequant_kv", **given, token_counts=torch.zeros(2, dtype=torch.int32, device="meta"))
+    with pytest.raises(RuntimeError, match=r"out is on neither .* and x on the CPU"):
+        on_the_cpu_kernel("rotate", x=key, out=key.to("meta"), format_id=spec["format_id"])
+
+
+def test_shapes_of_dequant_and_rotate_are_checked():
+    given = dequant_arguments()
+    torch_ops().dequant_kv(**given)
+    for name, wrong, words in (
+        ("block_table", given["block_table"][:1], "block_table has 1 rows; there are 2 sequences"),
+        ("block_table", given["block_table"][0], "block_table has 1 dimensions; it must have 2"),
+        ("first_tokens", given["first_tokens"].long(), "first_tokens has another dtype than int32"),
+        ("token_start_loc", given["token_start_loc"][:2], "token_start_loc has size 2 in dimension 0; it must be 3"),
+        ("token_counts", torch.zeros(3, dtype=torch.int32), "token_counts has size 3 in dimension 0; it must be 2"),
+        ("value_out", torch.zeros(3, KV_HEADS, DIM), "value_out has size 3 in dimension 0; it must be 4"),
+        ("first_tokens", given["first_tokens"] + 9, "its block table holds 16 tokens"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch_ops().dequant_kv(**given | {name: wrong})
+    x = torch.zeros(3, HEADS, DIM)
+    for out, words in (
+        (torch.zeros(2, HEADS, DIM), "out has size 2 in dimension 0; it must be 3"),
+        (torch.zeros(3, HEADS, DIM, dtype=torch.float16), "out has another dtype than the other tensors"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch_ops().rotate(x, out, given["format_id"])
+
+
+def test_rotated_queries_meet_rotated_keys():
+    """Scores of queries with keys are those of rotated queries with keys that stayed rotated; head_dim 80 turns in two blocks."""
+    generator = torch.Generator().manual_seed(11)
+    for name, dim in ((FORMAT, 80), ("turboquant_k3v4_nc", 128), ("turboquant_k8v4", 128)):
+        spec = native().kv_cache_spec(name, KV_HEADS, dim)
+        pages = torch.zeros(2, spec["bytes_per_token"] * BLOCK, dtype=torch.uint8)
+        key = torch.randn(20, KV_HEADS, dim, generator=generator)
+        torch_ops().store_kv(key, key, pages, torch.arange(20), spec["format_id"], BLOCK)
+        table = torch.tensor([[0, 1]], dtype=torch.int32)
+        first, start = torch.tensor([2], dtype=torch.int32), torch.tensor([0, 18], dtype=torch.int32)
+        plain, kept, value = torch.zeros(3, 18, KV_HEADS, dim).unbind()
+        for out, keep in ((plain, False), (kept, True)):
+            torch_ops().dequant_kv(pages, table, first, start, spec["format_id"], BLOCK, out, value, keep)
+        query = torch.randn(5, KV_HEADS, dim, generator=generator)
+        rotated = torch.empty_like(query)
+        torch_ops().rotate(query, rotated, spec["format_id"])
+        assert torch.equal(rotated, query) == (name == "turboquant_k8v4")
+        # Sums of 128 products of float32 numbers below 5.
+        want = torch.einsum("qhd,khd->hqk", query.double(), plain.double())
+        got = torch.einsum("qhd,khd->hqk", rotated.double(), kept.double())
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
 def test_device_index():

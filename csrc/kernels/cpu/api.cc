@@ -76,9 +76,13 @@ KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
   return guarded([&] { return cpu_copy_pages(state, p); });
 }
 
+KernelStatus rotate(DeviceState* state, const RotateParams& p) {
+  return guarded([&] { return cpu_rotate(state, p); });
+}
+
 constexpr KernelApi kApi = {
-    sizeof(KernelApi), kBuildId,  kCpuDevice,          &probe,    &create, &destroy,    &device_name,
-    &counters,         &supports, &cpu_workspace_size, &store_kv, &attend, &dequant_kv, &copy_pages,
+    sizeof(KernelApi),   kBuildId,  kCpuDevice, &probe,      &create,     &destroy, &device_name, &counters, &supports,
+    &cpu_workspace_size, &store_kv, &attend,    &dequant_kv, &copy_pages, &rotate,
 };
 
 }  // namespace

@@ -49,5 +49,6 @@ KernelStatus cpu_store_kv(DeviceState* state, const StoreParams& params);
 KernelStatus cpu_attend(DeviceState* state, const AttendParams& params);
 KernelStatus cpu_dequant_kv(DeviceState* state, const DequantParams& params);
 KernelStatus cpu_copy_pages(DeviceState* state, const CopyParams& params);
+KernelStatus cpu_rotate(DeviceState* state, const RotateParams& params);
 
 }  // namespace tq

@@ -1,4 +1,4 @@
-// store.cc - hands the tokens of store, dequantize and copy calls to the threads.
+// store.cc - hands the tokens of store, dequantize, rotate and copy calls to the threads.
 #include <algorithm>
 #include <cstring>
 
@@ -29,7 +29,19 @@ KernelStatus cpu_store_kv(DeviceState* state, const StoreParams& p) {
 }
 
 KernelStatus cpu_dequant_kv(DeviceState* state, const DequantParams& p) {
-  for_each_token(state->parallel_for, p.num_tokens, [&](int64_t token) { run_dequant_task(p, token); });
+  if (p.num_seqs == 0) return {0, ""};
+  const int32_t* start = p.token_start_loc;
+  for_each_token(state->parallel_for, start[p.num_seqs], [&](int64_t row) {
+    // The last sequence that begins at or before the row: empty ones end where it begins.
+    const auto s = static_cast<int>(std::upper_bound(start, start + p.num_seqs, row) - start) - 1;
+    const int64_t at = row - start[s];
+    if (p.token_counts == nullptr || at < p.token_counts[s]) run_dequant_task(p, s, p.first_tokens[s] + at, row);
+  });
+  return {0, ""};
+}
+
+KernelStatus cpu_rotate(DeviceState* state, const RotateParams& p) {
+  for_each_token(state->parallel_for, p.num_tokens, [&](int64_t token) { run_rotate_task(p, token); });
   return {0, ""};
 }
 

@@ -184,9 +184,14 @@ KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
   return on_device(state, [&] { return cuda::copy_pages(state, p); });
 }
 
+KernelStatus rotate(DeviceState* state, const RotateParams& p) {
+  return on_device(state, [&] { return cuda::rotate(state, p); });
+}
+
 constexpr KernelApi kApi = {
-    sizeof(KernelApi), kBuildId,        kCudaDevice,           &cuda::probe, &create, &destroy,    &device_name,
-    &counters,         &cuda::supports, &cuda::workspace_size, &store_kv,    &attend, &dequant_kv, &copy_pages,
+    sizeof(KernelApi), kBuildId,     kCudaDevice, &cuda::probe,    &create,
+    &destroy,          &device_name, &counters,   &cuda::supports, &cuda::workspace_size,
+    &store_kv,         &attend,      &dequant_kv, &copy_pages,     &rotate,
 };
 
 }  // namespace

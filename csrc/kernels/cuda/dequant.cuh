@@ -1,4 +1,7 @@
-// dequant.cuh - decodes tokens of one sequence into the caller's K and V, and copies pages.
+// dequant.cuh - decodes ranges of tokens of several sequences into the caller's K and V, and rotates vectors.
+//
+// Both are bound by memory: a warp starts all its loads before it decodes the first, and stores 16 bytes per lane so
+// that neighbouring lanes fill whole 32-byte sectors. Lanes as in store.cuh.
 #pragma once
 
 #include "kernels/cuda/row_lanes.cuh"
@@ -9,64 +12,183 @@ namespace tq::cuda {
 struct DequantArgs {
   DequantParams dequant;
   DeviceBook book;
+  bool vector_out;  // rows of both outputs begin at multiples of 16 bytes
+};
+
+struct RotateArgs {
+  RotateParams rotate;
+  bool vector_x, vector_out;
 };
 
 constexpr int kDequantThreads = 128;
+constexpr int kRotateThreads = 128;
 
-TQ_DEVICE void store_16(Dtype dtype, void* base, int64_t i, const float (&x)[16]) {
+// Rows of a sequence's range, or vectors, that one lane handles: as many as keep enough bytes in flight.
+constexpr int row_unroll(int lanes) { return lanes == 4 ? 2 : 4; }
+
+// One row of 16 * kLanes elements at most, element i of base onwards. A lane has 16 elements, which are 32 bytes of a
+// 16-bit dtype: lanes are paired, and the pair stores first the lower lane's sector, then the upper's.
+template <int kLanes>
+TQ_DEVICE void store_row(Dtype dtype, void* base, int64_t i, int part, int dim, const float (&x)[16], bool vector,
+                         bool valid) {
+  if (dtype == Dtype::kF32 || !vector) {
+    if (valid && 16 * part < dim) {
 #pragma unroll
-  for (int j = 0; j < 16; j += 4) {
-    store_4(dtype, base, i + j, make_float4(x[j], x[j + 1], x[j + 2], x[j + 3]), true);
+      for (int j = 0; j < 16; j += 4) {
+        store_4(dtype, base, i + 16 * part + j, make_float4(x[j], x[j + 1], x[j + 2], x[j + 3]), false);
+      }
+    }
+    return;
   }
+  uint32_t w[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    w[j] = dtype == Dtype::kF16 ? pack_half2(x[2 * j], x[2 * j + 1]) : pack_bfloat2(x[2 * j], x[2 * j + 1]);
+  }
+  const bool upper = (part & 1) != 0;
+  uint32_t other[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) other[j] = __shfl_xor_sync(kFullMask, upper ? w[j] : w[j + 4], 1);
+  const uint4 first = upper ? make_uint4(other[0], other[1], other[2], other[3]) : make_uint4(w[0], w[1], w[2], w[3]);
+  const uint4 second = upper ? make_uint4(w[4], w[5], w[6], w[7]) : make_uint4(other[0], other[1], other[2], other[3]);
+  const int pair = 16 * (part & ~1), half = 8 * (part & 1);
+  uint16_t* out = static_cast<uint16_t*>(base) + i + pair + half;
+  if (valid && pair < dim) *reinterpret_cast<uint4*>(out) = first;
+  if (valid && pair + 16 < dim) *reinterpret_cast<uint4*>(out + 16) = second;
 }
 
-// Lanes as in store.cuh.
+// The last sequence that begins at or before a row; 0 if none does. Tables that do not ascend give some sequence.
+TQ_DEVICE int sequence_of(const int32_t* start, int num_seqs, int row) {
+  int lo = 0, hi = num_seqs;  // start[lo] <= row < start[hi], if the table ascends
+  while (hi - lo > 1) {
+    const int middle = (lo + hi) / 2;
+    if (start[middle] <= row) {
+      lo = middle;
+    } else {
+      hi = middle;
+    }
+  }
+  return lo;
+}
+
 template <class F, int kLanes>
 __global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_constant__ DequantArgs p) {
   wait_for_previous_grid();
-  constexpr int kVectors = 32 / kLanes;
+  constexpr int kVectors = 32 / kLanes, kUnroll = row_unroll(kLanes), kRows = kVectors * kUnroll;
   const DequantParams& d = p.dequant;
   const PageLayout& layout = d.cache.layout;
   const int lane = threadIdx.x % 32, part = lane % kLanes;
   const int64_t warp = int64_t{blockIdx.x} * (kDequantThreads / 32) + threadIdx.x / 32;
   const int64_t group = warp / layout.num_kv_heads;
   const int head = static_cast<int>(warp - group * layout.num_kv_heads);
-  if (group * kVectors >= d.num_tokens) return;
-  const int64_t token = min(group * kVectors + lane / kLanes, d.num_tokens - 1);  // the last one may come twice
-  const int64_t at = d.first_token + token;
-  const uint8_t* atom = token_atom(d.cache, d.block_table, head, static_cast<int>(at));
-  const int row = static_cast<int>(at % kAtomTokens);
-  if (d.key_out != nullptr) {
-    RawUnit<F::kKeyBits> unit;
-    unit.load(atom + layout.key_row_offset(row), part, layout.head_dim);
-    float x[16];
-    unit.key_floats(p.book, x);
-    const bool holds = 16 * part < layout.head_dim;
-    float factor = kFp8Scale;
-    if constexpr (F::kKeyBits != 8) {
-      const int block = hadamard_block_of(part, layout.head_dim);
-      factor =
-          load_half(atom + layout.key_norm_offset(row)) * p.book.unit * rsqrtf(static_cast<float>(layout.head_dim));
-      if (!d.keep_rotated) {
+  const int64_t num_rows = min(d.num_tokens, int64_t{d.token_start_loc[d.num_seqs]});
+  if (group * kRows >= num_rows) return;
+
+  // One search per warp; the few rows behind the first walk on from its sequence.
+  int seq = sequence_of(d.token_start_loc, d.num_seqs, static_cast<int>(group * kRows));
+  const int64_t capacity = int64_t{d.max_blocks_per_seq} * layout.block_size;
+  const bool keys = d.key_out != nullptr, values = d.value_out != nullptr;
+  RawUnit<F::kKeyBits> key[kUnroll];
+  RawUnit<F::kValueBits> value[kUnroll];
+  float norm[kUnroll], scale[kUnroll], zero[kUnroll];
+  bool valid[kUnroll];
 #pragma unroll
-        for (int i = 0; i < 16; ++i) x[i] = holds ? x[i] : 0.0f;
-        hadamard_lanes<kLanes>(x, part, block);
-        factor *= rsqrtf(static_cast<float>(block));
-      }
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t row = group * kRows + u * kVectors + lane / kLanes;
+    while (seq + 1 < d.num_seqs && d.token_start_loc[seq + 1] <= row) ++seq;
+    const int start = d.token_start_loc[seq];
+    const int at = static_cast<int>(row) - start;
+    const int count = d.token_counts != nullptr ? d.token_counts[seq] : d.token_start_loc[seq + 1] - start;
+    const int token = d.first_tokens[seq] + at;
+    // What lies outside the sequence's blocks is no token: a wrong table must not become a wild read.
+    valid[u] = row < num_rows && at >= 0 && at < count && token >= 0 && token < capacity;
+    norm[u] = scale[u] = zero[u] = 0.0f;
+    key[u].load(nullptr, kLanes, 0);
+    value[u].load(nullptr, kLanes, 0);
+    if (!valid[u]) continue;
+    const uint8_t* atom = token_atom(d.cache, d.block_table + seq * d.block_table_stride, head, token);
+    const int t = token % kAtomTokens;
+    if (keys) {
+      key[u].load(atom + layout.key_row_offset(t), part, layout.head_dim);
+      if constexpr (F::kKeyBits != 8) norm[u] = load_half(atom + layout.key_norm_offset(t));
     }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) x[i] *= factor;
-    if (holds) {
-      store_16(d.dtype, d.key_out, (token * layout.num_kv_heads + head) * layout.head_dim + 16 * part, x);
+    if (values) {
+      value[u].load(atom + layout.value_row_offset(t), part, layout.head_dim_v);
+      scale[u] = load_half(atom + layout.value_scale_offset(t));
+      zero[u] = load_half(atom + layout.value_zero_offset(t));
     }
   }
-  if (d.value_out != nullptr && 16 * part < layout.head_dim_v) {
-    RawUnit<F::kValueBits> unit;
-    unit.load(atom + layout.value_row_offset(row), part, layout.head_dim_v);
+  const int block = hadamard_block_of(part, layout.head_dim);
+  const float unit = p.book.unit * rsqrtf(static_cast<float>(layout.head_dim));
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t row = group * kRows + u * kVectors + lane / kLanes;
     float x[16];
-    unit.value_floats(load_half(atom + layout.value_scale_offset(row)), load_half(atom + layout.value_zero_offset(row)),
-                      x);
-    store_16(d.dtype, d.value_out, (token * layout.num_kv_heads + head) * layout.head_dim_v + 16 * part, x);
+    if (keys) {
+      key[u].key_floats(p.book, x);
+      float factor = kFp8Scale;
+      if constexpr (F::kKeyBits != 8) {
+        factor = norm[u] * unit;
+        if (!d.keep_rotated) {
+          const bool holds = 16 * part < layout.head_dim;
+#pragma unroll
+          for (int i = 0; i < 16; ++i) x[i] = holds ? x[i] : 0.0f;
+          hadamard_lanes<kLanes>(x, part, block);
+          factor *= rsqrtf(static_cast<float>(block));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 16; ++i) x[i] *= factor;
+      store_row<kLanes>(d.dtype, d.key_out, (row * layout.num_kv_heads + head) * layout.head_dim, part, layout.head_dim,
+                        x, p.vector_out, valid[u]);
+    }
+    if (values) {
+      value[u].value_floats(scale[u], zero[u], x);
+      if (d.dtype == Dtype::kF16) {  // scale and zero are fp16, but their sum may round up past its range
+#pragma unroll
+        for (int i = 0; i < 16; ++i) x[i] = fminf(x[i], 65504.0f);
+      }
+      store_row<kLanes>(d.dtype, d.value_out, (row * layout.num_kv_heads + head) * layout.head_dim_v, part,
+                        layout.head_dim_v, x, p.vector_out, valid[u]);
+    }
+  }
+}
+
+template <int kLanes>
+__global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const __grid_constant__ RotateArgs p) {
+  wait_for_previous_grid();
+  constexpr int kVectors = 32 / kLanes, kUnroll = row_unroll(kLanes);
+  const RotateParams& r = p.rotate;
+  const int lane = threadIdx.x % 32, part = lane % kLanes;
+  const int64_t warp = int64_t{blockIdx.x} * (kRotateThreads / 32) + threadIdx.x / 32;
+  const int64_t count = r.num_tokens * r.num_heads;
+  if (warp * kVectors * kUnroll >= count) return;
+  const bool holds = 16 * part < r.head_dim;
+  float x[kUnroll][16];
+  int64_t out[kUnroll];
+  bool valid[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t vector = (warp * kUnroll + u) * kVectors + lane / kLanes;
+    valid[u] = vector < count;
+    const int64_t token = vector / r.num_heads, head = vector - token * r.num_heads;
+    out[u] = token * r.out_token_stride + head * r.out_head_stride;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[u][i] = 0.0f;
+    if (valid[u] && holds) {
+      load_16(x[u], r.dtype, r.x, token * r.x_token_stride + head * r.x_head_stride + 16 * part, p.vector_x);
+    }
+  }
+  const int block = hadamard_block_of(part, r.head_dim);
+  const float factor = rsqrtf(static_cast<float>(block));
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (r.rotates) {
+      hadamard_lanes<kLanes>(x[u], part, block);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) x[u][i] *= factor;
+    }
+    store_row<kLanes>(r.dtype, r.out, out[u], part, r.head_dim, x[u], p.vector_out, valid[u]);
   }
 }
 

@@ -54,6 +54,7 @@ KernelStatus attend(DeviceState* state, const AttendParams& p);
 KernelStatus store_kv(DeviceState* state, const StoreParams& p);
 KernelStatus dequant_kv(DeviceState* state, const DequantParams& p);
 KernelStatus copy_pages(DeviceState* state, const CopyParams& p);
+KernelStatus rotate(DeviceState* state, const RotateParams& p);
 
 }  // namespace cuda
 }  // namespace tq

@@ -32,6 +32,11 @@ struct RowInstance {  // store_kernel, dequant_kernel
   int lanes;  // of a vector, 16 dimensions each
 };
 
+struct RotateInstance {  // rotate_kernel
+  const void* function;
+  int lanes;
+};
+
 std::span<const DecodeInstance> decode_k8v4();
 std::span<const DecodeInstance> decode_k4v4();
 std::span<const DecodeInstance> decode_k3v4();
@@ -39,6 +44,7 @@ std::span<const DecodeInstance> decode_k3v3();
 std::span<const PrefillInstance> prefill_instances();
 std::span<const RowInstance> store_instances();
 std::span<const RowInstance> dequant_instances();
+std::span<const RotateInstance> rotate_instances();
 const void* copy_pages_function();
 
 }  // namespace tq::cuda

@@ -151,9 +151,9 @@ const RowInstance* find_rows(std::span<const RowInstance> table, const PageLayou
   return nullptr;
 }
 
-// Blocks of `threads` for so many vectors of each token.
-unsigned row_blocks(const RowInstance& i, int64_t tokens, int per_token, int threads) {
-  const int64_t at_once = 32 / i.lanes, warps = (tokens + at_once - 1) / at_once * per_token;
+// Blocks of warps that hold `rows` rows of one of the vectors that a token has.
+unsigned row_blocks(int rows, int64_t tokens, int per_token, int threads) {
+  const int64_t warps = (tokens + rows - 1) / rows * per_token;
   return static_cast<unsigned>((warps + threads / 32 - 1) / (threads / 32));
 }
 
@@ -215,18 +215,37 @@ KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
   const int element = element_bytes(p.dtype);
   a.vector_key = element == 2 && aligned(p.key, p.key_token_stride, p.key_head_stride, 16, element);
   a.vector_value = element == 2 && aligned(p.value, p.value_token_stride, p.value_head_stride, 16, element);
-  const unsigned blocks = row_blocks(*i, p.num_tokens, 2 * p.cache.layout.num_kv_heads, kStoreThreads);
+  const unsigned blocks = row_blocks(32 / i->lanes, p.num_tokens, 2 * p.cache.layout.num_kv_heads, kStoreThreads);
   return launch(state, i->function, dim3(blocks), kStoreThreads, 0, &a, p.stream, "the store kernel");
 }
 
 KernelStatus dequant_kv(DeviceState* state, const DequantParams& p) {
-  if (p.num_tokens == 0 || (p.key_out == nullptr && p.value_out == nullptr)) return {0, ""};
+  if (p.num_seqs == 0 || p.num_tokens == 0 || (p.key_out == nullptr && p.value_out == nullptr)) return {0, ""};
   const RowInstance* i = find_rows(dequant_instances(), p.cache.layout);
   DequantArgs a = {};
   a.dequant = p;
   a.book = make_device_book(p.cache.codebook);
-  const unsigned blocks = row_blocks(*i, p.num_tokens, p.cache.layout.num_kv_heads, kDequantThreads);
+  // Rows are multiples of 16 elements, so only the buffers may be out of line.
+  a.vector_out = (reinterpret_cast<uintptr_t>(p.key_out) | reinterpret_cast<uintptr_t>(p.value_out)) % 16 == 0;
+  const int rows = 32 / i->lanes * row_unroll(i->lanes);
+  const unsigned blocks = row_blocks(rows, p.num_tokens, p.cache.layout.num_kv_heads, kDequantThreads);
   return launch(state, i->function, dim3(blocks), kDequantThreads, 0, &a, p.stream, "the dequantization kernel");
+}
+
+KernelStatus rotate(DeviceState* state, const RotateParams& p) {
+  if (p.num_tokens == 0) return {0, ""};
+  const RotateInstance* i = nullptr;
+  for (const RotateInstance& candidate : rotate_instances()) {
+    if (i == nullptr && 16 * candidate.lanes >= p.head_dim) i = &candidate;
+  }
+  RotateArgs a = {};
+  a.rotate = p;
+  const int element = element_bytes(p.dtype);
+  a.vector_x = element == 2 && aligned(p.x, p.x_token_stride, p.x_head_stride, 16, element);
+  a.vector_out = element == 2 && aligned(p.out, p.out_token_stride, p.out_head_stride, 16, element);
+  const int vectors = 32 / i->lanes * row_unroll(i->lanes);
+  const unsigned blocks = row_blocks(vectors, p.num_tokens * p.num_heads, 1, kRotateThreads);
+  return launch(state, i->function, dim3(blocks), kRotateThreads, 0, &a, p.stream, "the rotation kernel");
 }
 
 KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {

@@ -1,4 +1,4 @@
-// rows.cu - the kernels that work on vectors one by one: store, dequantize, copy pages.
+// rows.cu - the kernels that work on vectors one by one: store, dequantize, rotate, copy pages.
 #include <array>
 
 #include "kernels/cuda/atom.cuh"
@@ -16,6 +16,10 @@ RowInstance store_instance() {
 template <class F, int kLanes>
 RowInstance dequant_instance() {
   return {reinterpret_cast<const void*>(&dequant_kernel<F, kLanes>), F::kKeyBits, F::kValueBits, kLanes};
+}
+template <int kLanes>
+RotateInstance rotate_instance() {
+  return {reinterpret_cast<const void*>(&rotate_kernel<kLanes>), kLanes};
 }
 
 __global__ void __launch_bounds__(256) copy_pages_kernel(const __grid_constant__ CopyParams p) {
@@ -51,6 +55,12 @@ std::span<const RowInstance> dequant_instances() {
       dequant_instance<K3V3, 4>(),  dequant_instance<K3V3, 8>(),  dequant_instance<K3V3, 16>(),
       dequant_instance<K3V3, 32>(),
   };
+  return table;
+}
+
+std::span<const RotateInstance> rotate_instances() {
+  static const std::array table = {rotate_instance<4>(), rotate_instance<8>(), rotate_instance<16>(),
+                                   rotate_instance<32>()};
   return table;
 }
 

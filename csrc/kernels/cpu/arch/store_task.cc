@@ -1,4 +1,4 @@
-// store_task.cc - the CPU store and dequantize kernels, one token at a time.
+// store_task.cc - the CPU store, dequantize and rotate kernels, one token at a time.
 //
 // Encode follows codec/reference.cc's float arithmetic operation by operation, so that codes are equal bit for bit
 // (away from ties: the norm is summed in another order here).
@@ -170,50 +170,60 @@ HWY_ATTR void StoreTaskImpl(const StoreParams& p, int64_t token) {
   }
 }
 
-HWY_ATTR void DequantTaskImpl(const DequantParams& p, int64_t i) {
+HWY_ATTR void DequantTaskImpl(const DequantParams& p, int seq, int64_t token, int64_t row) {
   const PagedCache& cache = p.cache;
   const PageLayout& layout = cache.layout;
   HWY_ALIGN float x[kRow];
-  const int64_t token = p.first_token + i;
-  const uint8_t* page = cache.data + p.block_table[token / layout.block_size] * cache.block_stride;
+  const int32_t* table = p.block_table + seq * p.block_table_stride;
+  const uint8_t* page = cache.data + table[token / layout.block_size] * cache.block_stride;
   const int in_block = static_cast<int>(token % layout.block_size);
   const int t = in_block % kAtomTokens;
-  float table[16];
+  float levels[16];
   for (int head = 0; head < layout.num_kv_heads; ++head) {
     const uint8_t* atom = page + layout.atom_offset(head, in_block);
     if (p.key_out != nullptr) {
       const int dim = layout.head_dim;
-      const uint8_t* row = atom + layout.key_row_offset(t);
+      const uint8_t* codes = atom + layout.key_row_offset(t);
       switch (cache.format.key_codec) {
         case KeyCodec::kLloydMax: {
           const Codebook& book = *cache.codebook;
-          for (int c = 0; c < book.num_levels; ++c) table[c] = book.levels[c];
+          for (int c = 0; c < book.num_levels; ++c) levels[c] = book.levels[c];
           const float unit = 1.0f / (book.scale * std::sqrt(static_cast<float>(dim)));
-          decode_codes(layout.key_bits, row, dim, table, load_fp16(atom + layout.key_norm_offset(t)) * unit, 0.0f, x);
+          decode_codes(layout.key_bits, codes, dim, levels, load_fp16(atom + layout.key_norm_offset(t)) * unit, 0.0f,
+                       x);
           if (!p.keep_rotated) rotate_simd(x, dim);
           break;
         }
         case KeyCodec::kFp8E4M3:
-          decode_e4m3(row, dim, x);
+          decode_e4m3(codes, dim, x);
           break;
         case KeyCodec::kF32:
-          std::memcpy(x, row, sizeof(float) * dim);
+          std::memcpy(x, codes, sizeof(float) * dim);
           break;
       }
-      store_row(p.dtype, x, dim, p.key_out, (i * layout.num_kv_heads + head) * dim);
+      store_row(p.dtype, x, dim, p.key_out, (row * layout.num_kv_heads + head) * dim);
     }
     if (p.value_out != nullptr) {
       const int dim = layout.head_dim_v;
-      const uint8_t* row = atom + layout.value_row_offset(t);
+      const uint8_t* codes = atom + layout.value_row_offset(t);
       if (cache.format.value_codec == ValueCodec::kUniform) {
-        for (int c = 0; c < 16; ++c) table[c] = static_cast<float>(c);
-        decode_codes(layout.value_bits, row, dim, table, load_fp16(atom + layout.value_scale_offset(t)),
+        for (int c = 0; c < 16; ++c) levels[c] = static_cast<float>(c);
+        decode_codes(layout.value_bits, codes, dim, levels, load_fp16(atom + layout.value_scale_offset(t)),
                      load_fp16(atom + layout.value_zero_offset(t)), x);
       } else {
-        std::memcpy(x, row, sizeof(float) * dim);
+        std::memcpy(x, codes, sizeof(float) * dim);
       }
-      store_row(p.dtype, x, dim, p.value_out, (i * layout.num_kv_heads + head) * dim);
+      store_row(p.dtype, x, dim, p.value_out, (row * layout.num_kv_heads + head) * dim);
     }
+  }
+}
+
+HWY_ATTR void RotateTaskImpl(const RotateParams& p, int64_t token) {
+  HWY_ALIGN float x[kRow];
+  for (int head = 0; head < p.num_heads; ++head) {
+    load_row(p.dtype, p.x, token * p.x_token_stride + head * p.x_head_stride, p.head_dim, x);
+    if (p.rotates) rotate_simd(x, p.head_dim);
+    store_row(p.dtype, x, p.head_dim, p.out, token * p.out_token_stride + head * p.out_head_stride);
   }
 }
 
@@ -226,12 +236,15 @@ namespace tq {
 
 HWY_EXPORT(StoreTaskImpl);
 HWY_EXPORT(DequantTaskImpl);
+HWY_EXPORT(RotateTaskImpl);
 
 void run_store_task(const StoreParams& params, int64_t token) { HWY_DYNAMIC_DISPATCH(StoreTaskImpl)(params, token); }
 
-void run_dequant_task(const DequantParams& params, int64_t token) {
-  HWY_DYNAMIC_DISPATCH(DequantTaskImpl)(params, token);
+void run_dequant_task(const DequantParams& params, int seq, int64_t token, int64_t row) {
+  HWY_DYNAMIC_DISPATCH(DequantTaskImpl)(params, seq, token, row);
 }
+
+void run_rotate_task(const RotateParams& params, int64_t token) { HWY_DYNAMIC_DISPATCH(RotateTaskImpl)(params, token); }
 
 }  // namespace tq
 #endif
