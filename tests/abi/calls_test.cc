@@ -97,10 +97,16 @@ TEST_F(Calls, SkipLayersAreAlignedAndCounted) {
 
 TEST_F(Calls, PlannerWalksAnArrayOfLargerStructs) {
   struct Newer {
-    TqLayerDesc base;
+    TqPlanLayer base;
     int64_t extra;
-  } layers[3] = {{layer, 1}, {layer, 2}, {layer, 3}};
-  for (Newer& l : layers) l.base.struct_size = sizeof(Newer);
+  } layers[3] = {{{}, 1}, {{}, 2}, {{}, 3}};
+  for (Newer& l : layers) {
+    l.base.struct_size = sizeof(Newer);
+    l.base.format_id = layer.format_id;
+    l.base.num_kv_heads = 2;
+    l.base.head_dim = 64;
+    l.base.kv_sharing_target = -1;
+  }
   TqPlanRequest request = {};
   request.struct_size = sizeof(request);
   request.block_size = 16;
