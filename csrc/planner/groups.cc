@@ -93,7 +93,7 @@ bool is_uniform(std::span<const PageSpec> specs) {
 
 Groups group_equal_pages(std::span<const PageSpec> specs) {
   const Groups buckets = buckets_of(specs, same_pages);
-  size_t least = SIZE_MAX, most = 0;
+  size_t least = SIZE_MAX, most = 1;
   for (const auto& bucket : buckets) {
     least = std::min(least, bucket.size());
     most = std::max(most, bucket.size());

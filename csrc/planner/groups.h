@@ -13,7 +13,7 @@
 
 namespace tq {
 
-enum class LayerKind { kFull, kSliding, kState };
+enum class LayerKind : uint8_t { kFull, kSliding, kState };
 
 // The pages of one layer that owns its pages.
 struct PageSpec {

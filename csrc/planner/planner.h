@@ -35,7 +35,7 @@ struct PlanRequest {
 };
 
 // How pages of several sizes come to share a pool of blocks, in the order of preference at the same memory.
-enum class Strategy {
+enum class Strategy : uint8_t {
   kUniform = 1,     // one group: every layer needs as many blocks as any other, and pages keep their own sizes
   kSideBySide = 2,  // several groups, pages keep their own sizes
   kEqualPages = 3,  // block sizes make all pages equal

@@ -30,6 +30,16 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
 FULL_ATTENTION_INTERVAL = {"gemma2": 2, "gemma3_text": 6, "gemma3n_text": 5, "gemma4_text": 6, "gpt_oss": 2}
 STATES = ("linear_attention", "mamba1", "mamba2")
 PATTERN = {"M": "mamba2", "*": "full_attention", "-": "none", "E": "none"}  # hybrid_override_pattern
+BLOCKS = {  # layers_block_type, which replaced it
+    "linear_attention": "mamba2",
+    "mamba": "mamba2",
+    "full_attention": "full_attention",
+    "attention": "full_attention",
+    "mlp": "none",
+    "moe": "none",
+}
+# Keys of architectures whose layers are not all attention; without a list of types by a name known here they are refused.
+STATE_KEYS = ("mamba_", "ssm_", "linear_", "conv_L_", "conv_kernel", "lru_", "attn_layer_indices", "attn_type_list")
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,9 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     text["dtype"] = str(dtype or "bfloat16")
     for key, value in CLASS_DEFAULTS.get(text.get("model_type", ""), {}).items():
         text.setdefault(key, value)
+    blocks = text.get("hybrid_override_pattern") or text.get("layers_block_type")
+    if blocks is not None:  # the newer files give no count beside the list
+        text.setdefault("num_hidden_layers", len(blocks))
     for key in ("num_hidden_layers", "num_attention_heads"):
         if not isinstance(text.get(key), int):
             raise ValueError(f"the config has no {key}; it must be the config.json of a decoder model")
@@ -73,6 +86,8 @@ def layer_types(text: Mapping[str, Any]) -> list[str]:
         if unknown:
             raise ValueError(f"hybrid_override_pattern has {sorted(unknown)}; known are {' '.join(PATTERN)}")
         types = [PATTERN[letter] for letter in pattern]
+    elif text.get("layers_block_type") is not None and kind == "nemotron_h":
+        types = [BLOCKS.get(block, block) for block in text["layers_block_type"]]
     elif text.get("layer_types") is not None:
         types = list(text["layer_types"])
     elif "attn_layer_period" in text:
@@ -84,6 +99,10 @@ def layer_types(text: Mapping[str, Any]) -> list[str]:
     elif kind in FULL_ATTENTION_INTERVAL:
         interval = text.get("sliding_window_pattern") or FULL_ATTENTION_INTERVAL[kind]
         types = ["sliding_attention" if (i + 1) % interval else "full_attention" for i in range(count)]
+    elif strange := sorted(key for key in text if key.startswith(STATE_KEYS)):
+        raise ValueError(
+            f"the config is of a {kind or 'model'} with {', '.join(strange[:3])}, whose layers this version cannot tell apart"
+        )
     else:
         windowed = text.get("sliding_window") is not None and text.get("use_sliding_window", True)
         types = ["sliding_attention" if windowed else "full_attention"] * count

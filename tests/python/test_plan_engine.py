@@ -141,6 +141,9 @@ CLASSES = {
     "gpt-oss 20B": "GptOssConfig",
     "Qwen3-Next 80B-A3B": "Qwen3NextConfig",
     "Phi-4": "Phi3Config",
+    "Qwen3.5 35B-A3B": "Qwen3_5MoeTextConfig",
+    "Nemotron-H 8B": "NemotronHConfig",
+    "Jamba v0.1": "JambaConfig",
 }
 
 
@@ -152,6 +155,15 @@ def test_config_class_and_file_give_the_same_layers(name):
     numbers = {key: value for key, value in text.items() if key != "model_type"}
     made = getattr(transformers, CLASSES[name])(**numbers).to_dict()
     assert model_layers.cache_layers(made, row["tp"]) == model_layers.cache_layers(row["config"], row["tp"])
+
+
+@pytest.mark.parametrize(
+    "name", ["BambaConfig", "Zamba2Config", "FalconH1Config", "RecurrentGemmaConfig", "GraniteMoeHybridConfig"]
+)
+def test_what_is_not_known_is_refused(name):
+    """And not taken for a model of attention layers."""
+    with pytest.raises(ValueError, match=r"cannot tell apart|the config has no|have the type"):
+        model_layers.cache_layers(getattr(transformers, name)().to_dict())
 
 
 def test_state_bytes_are_the_engines():

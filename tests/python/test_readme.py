@@ -1,4 +1,4 @@
-"""README.md quotes the results files as they are, and its words name things that exist."""
+"""README.md and docs/ quote the results files as they are, and the README's words name things that exist."""
 
 from __future__ import annotations
 
@@ -27,9 +27,16 @@ ENTRY = {
 }
 
 
-def test_readme_is_up_to_date():
-    text = (ROOT / "README.md").read_text()
-    assert readme_figures.rewritten(text, ROOT / "tests/bench/results") == text, "run ci/readme_figures.py"
+@pytest.mark.parametrize("name", ["README.md", "docs/models.md"])
+def test_pages_are_up_to_date(name):
+    text = (ROOT / name).read_text()
+    assert readme_figures.rewritten(text, ROOT / "tests/bench/results", name) == text, "run ci/readme_figures.py"
+
+
+def test_a_results_file_is_on_one_page(tmp_path: Path):
+    (tmp_path / "plans.json").write_text(json.dumps([ENTRY]))
+    assert "Not measured yet." in readme_figures.rewritten(EMPTY, tmp_path)
+    assert "`tq eval`" in readme_figures.rewritten(EMPTY, tmp_path, "docs/models.md")
 
 
 def test_links_lead_somewhere():
