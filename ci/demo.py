@@ -82,11 +82,11 @@ def main() -> None:
         base = hidden if base is None else base
         kl, nll = compare(engine, base, hidden, tokens[1:])
         per_second, text = speed(engine)
-        sizes = plan(config, name or "auto", 128, KV_CACHE_BYTES)
+        sizes = plan(config, name or "auto", 128, KV_CACHE_BYTES, max_model_len=CONTEXT, skip=[])
         rows.append(
             {
                 "cache": name or "bf16",
-                "bytes_per_token": sizes["page_bytes"] * config["num_hidden_layers"] // 128,
+                "bytes_per_token": sizes["bytes_per_token"],
                 "kv_tokens": sizes["kv_tokens"],
                 "perplexity": float(torch.tensor(nll / (len(tokens) - 1)).exp()),
                 "kl": kl / len(tokens),

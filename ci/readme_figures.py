@@ -1,8 +1,6 @@
-"""Writes the figures of README.md and docs/figures.md from tests/bench/results/*.json, so that none is typed by hand.
+"""Writes the figures of README.md and of docs/ from tests/bench/results/*.json, so that none is typed by hand.
 
-readme_figures.py [--check]      with --check: changes nothing, exit code 1 if one of the two is out of date
-
-docs/figures.md has all of them; README.md those of files with few.
+readme_figures.py [--check]      with --check: changes nothing, exit code 1 if a page is out of date
 """
 
 from __future__ import annotations
@@ -14,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.S)
-FEW = 30  # figures of a file that README.md quotes
+README = "README.md"
+PAGE_OF = {"plans.json": "docs/models.md", "gpu_attention.json": "docs/gpu.md"}  # results that are quoted elsewhere than in the README
 FIELDS = ("figure", "value", "unit", "bar", "baseline", "machine", "date", "command")
 
 
@@ -47,26 +46,25 @@ def table(file: Path) -> str:
     return "\n".join(lines[1:])
 
 
-def rewritten(readme: str, results: Path, at_most: int = FEW) -> str:
-    """A text with its figures replaced. Raises ValueError if the markers are not there once."""
-    tables = [table(file) for file in sorted(results.glob("*.json")) if len(json.loads(file.read_text())) <= at_most]
-    text = "\n\n".join(tables) or "Not measured yet."
-    new, count = BLOCK.subn(lambda match: f"{match[1]}{text}\n{match[2]}", readme)
+def rewritten(page: str, results: Path, name: str = README) -> str:
+    """A page's text with its figures replaced. Raises ValueError if the markers are not there once."""
+    files = [file for file in sorted(results.glob("*.json")) if PAGE_OF.get(file.name, README) == name]
+    text = "\n\n".join(map(table, files)) or "Not measured yet."
+    new, count = BLOCK.subn(lambda match: f"{match[1]}{text}\n{match[2]}", page)
     if count != 1:
-        raise ValueError(f"the text has {count} blocks of figures between the markers; it must have one")
+        raise ValueError(f"{name} has {count} blocks of figures between the markers; it must have one")
     return new
 
 
 def main() -> int:
     stale = []
-    for name, at_most in (("README.md", FEW), ("docs/figures.md", sys.maxsize)):
-        path = ROOT / name
-        old = path.read_text()
-        new = rewritten(old, ROOT / "tests" / "bench" / "results", at_most)
+    for name in (README, *sorted(set(PAGE_OF.values()))):
+        old = (ROOT / name).read_text()
+        new = rewritten(old, ROOT / "tests" / "bench" / "results", name)
         if new != old:
             stale.append(name)
-            if sys.argv[1:] != ["--check"]:
-                path.write_text(new)
+        if sys.argv[1:] != ["--check"]:
+            (ROOT / name).write_text(new)
     if sys.argv[1:] == ["--check"] and stale:
         print(f"{', '.join(stale)}: out of date with tests/bench/results; run ci/readme_figures.py", file=sys.stderr)
         return 1

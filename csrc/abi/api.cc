@@ -1,4 +1,5 @@
 // api.cc - the two exported symbols and the function table. Marshals, and lets no exception out.
+#include <algorithm>
 #include <cstddef>
 #include <exception>
 #include <iterator>
@@ -12,6 +13,7 @@
 #include "codec/lloyd_max.h"
 #include "codec/reference.h"
 #include "planner/planner.h"
+#include "planner/skip_layers.h"
 #include "tq_backend.h"
 
 namespace tq {
@@ -33,6 +35,8 @@ int32_t guarded(TqError* error, F&& f) noexcept {
 Status need_backend(const TqBackend* backend) {
   return backend != nullptr ? Status() : invalid("backend is NULL; it must come from create_backend");
 }
+
+constexpr int64_t kMaxLayers = 1 << 16;  // far beyond any model: a count above it is a caller's mistake
 
 const char* api_build_id() { return kBuildId; }
 
@@ -121,7 +125,7 @@ int32_t api_kv_cache_spec(const TqLayerDesc* layer, TqKvCacheSpec* out, TqError*
     const TqLayerDesc& d = checked.desc;
     TqKvCacheSpec spec = {};
     spec.format_id = d.format_id;
-    spec.slot_bytes = slot_bytes({checked.format, d.num_kv_heads, d.head_dim, d.head_dim_v, d.kv_sharing_target});
+    spec.slot_bytes = slot_bytes({checked.format, 0, d.num_kv_heads, d.head_dim, d.head_dim_v, 0, 0, -1});
     spec.block_size_multiple = kAtomTokens;
     spec.alignment = kPageAlignment;
     spec.bytes_per_token = int64_t{spec.slot_bytes} * d.num_kv_heads;
@@ -134,9 +138,9 @@ int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* cou
   return guarded(error, [&]() -> Status {
     TqPlanRequest request = {};
     if (Status s = read_struct("request", given, sizeof(TqPlanRequest), &request); !s.ok()) return s;
-    if (request.num_layers < 1 || request.layers == nullptr) {
-      return invalid("request.num_layers is " + std::to_string(request.num_layers) +
-                     "; there must be at least one layer, and layers must point to them");
+    if (request.num_layers < 1 || request.num_layers > kMaxLayers || request.layers == nullptr) {
+      return invalid("request.num_layers is " + std::to_string(request.num_layers) + "; there must be from 1 to " +
+                     std::to_string(kMaxLayers) + " layers, and layers must point to them");
     }
     if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
     if (out != nullptr && *count < request.num_layers) {
@@ -147,17 +151,30 @@ int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* cou
     // The array's stride is the caller's own struct size, so that an older caller's array is walked rightly.
     const char* at = reinterpret_cast<const char*>(request.layers);
     for (int64_t i = 0; i < request.num_layers; ++i) {
-      const auto* layer = reinterpret_cast<const TqLayerDesc*>(at);
-      CheckedLayer checked = {};
-      if (Status s = check_layer_desc(layer, &checked); !s.ok()) {
-        return {s.code, "request.layers[" + std::to_string(i) + "]: " + s.message};
+      const auto* layer = reinterpret_cast<const TqPlanLayer*>(at);
+      const std::string name = "request.layers[" + std::to_string(i) + "]";
+      TqPlanLayer l = {};
+      if (Status s = read_struct(name.c_str(), layer, sizeof(TqPlanLayer), &l); !s.ok()) return s;
+      const Format* format = nullptr;
+      if (l.format_id != 0 && l.state_bytes == 0) {
+        if (Status s = check_format(l.format_id, &format); !s.ok()) return {s.code, name + ": " + s.message};
       }
-      const TqLayerDesc& d = checked.desc;
-      layers.push_back({checked.format, d.num_kv_heads, d.head_dim, d.head_dim_v, d.kv_sharing_target});
+      if (l.state_bytes != 0) {
+        layers.push_back({nullptr, 0, 0, 0, 0, 0, l.state_bytes, l.kv_sharing_target});
+      } else {
+        layers.push_back({format, format != nullptr ? 0 : l.native_bytes, l.num_kv_heads, l.head_dim,
+                          l.head_dim_v != 0 ? l.head_dim_v : l.head_dim, l.sliding_window, 0, l.kv_sharing_target});
+      }
       at += layer->struct_size;
     }
     Plan plan;
-    if (std::string sentence = plan_pages(layers, request.block_size, request.memory_bytes, &plan); !sentence.empty()) {
+    if (std::string sentence =
+            plan_pages(layers,
+                       {request.block_size, request.max_block_size, request.memory_bytes, request.max_model_len,
+                        request.max_in_flight_tokens, request.blocks_per_state != 0 ? request.blocks_per_state : 1,
+                        request.side_by_side != 0},
+                       &plan);
+        !sentence.empty()) {
       return invalid(sentence);
     }
     TqPlanSummary totals = {};
@@ -165,6 +182,10 @@ int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* cou
     totals.bytes_per_block = plan.bytes_per_block;
     totals.num_blocks = plan.num_blocks;
     totals.kv_tokens = plan.kv_tokens;
+    totals.strategy = static_cast<int32_t>(plan.strategy);
+    totals.blocks_per_sequence = plan.blocks_per_sequence;
+    totals.waste_bytes = plan.waste_bytes;
+    totals.longest_sequence = plan.longest_sequence;
     if (Status s = write_struct("summary", totals, sizeof(TqPlanSummary), summary); !s.ok()) return s;
     for (int64_t i = 0; out != nullptr && i < request.num_layers; ++i) {
       const LayerPlan& from = plan.layers[i];
@@ -176,6 +197,37 @@ int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* cou
       if (Status s = write_struct("out[i]", row, sizeof(TqPagePlan), &out[i]); !s.ok()) return s;
     }
     *count = request.num_layers;
+    return {};
+  });
+}
+
+int32_t api_align_skip_layers(const TqSkipRequest* given, int32_t* out, int64_t* count, TqError* error) {
+  return guarded(error, [&]() -> Status {
+    TqSkipRequest request = {};
+    if (Status s = read_struct("request", given, sizeof(TqSkipRequest), &request); !s.ok()) return s;
+    if (request.num_layers < 1 || request.num_layers > kMaxLayers || request.kv_sharing_targets == nullptr) {
+      return invalid("request.num_layers is " + std::to_string(request.num_layers) + "; there must be from 1 to " +
+                     std::to_string(kMaxLayers) + " layers, and kv_sharing_targets must point to one number of each");
+    }
+    if (request.num_skip_layers < 0 || (request.num_skip_layers > 0 && request.skip_layers == nullptr)) {
+      return invalid("request.num_skip_layers is " + std::to_string(request.num_skip_layers) +
+                     "; it must not be negative, and skip_layers must point to so many numbers");
+    }
+    if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
+    std::vector<int32_t> layers;
+    if (std::string sentence = align_skip_layers({request.kv_sharing_targets, static_cast<size_t>(request.num_layers)},
+                                                 {request.skip_layers, static_cast<size_t>(request.num_skip_layers)},
+                                                 request.boundary_layers, &layers);
+        !sentence.empty()) {
+      return invalid(sentence);
+    }
+    const auto number = static_cast<int64_t>(layers.size());
+    if (out != nullptr && *count < number) {
+      return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(number) +
+                     " layers");
+    }
+    if (out != nullptr) std::copy(layers.begin(), layers.end(), out);
+    *count = number;
     return {};
   });
 }
@@ -296,12 +348,31 @@ int32_t api_rotate(TqBackend* backend, const TqRotateArgs* args, TqError* error)
 }
 
 constexpr TqApi kApi = {
-    sizeof(TqApi),       TQ_ABI_MAJOR,         TQ_ABI_MINOR,        0,
-    &api_build_id,       &api_list_formats,    &api_format_by_name, &api_codebook,
-    &api_fake_quantize,  &api_kv_cache_spec,   &api_plan_pages,     &api_list_libraries,
-    &api_create_backend, &api_destroy_backend, &api_query_caps,     &api_query_counters,
-    &api_check_layer,    &api_unmet_reason,    &api_workspace_size, &api_store_kv,
-    &api_attend,         &api_dequant_kv,      &api_copy_pages,     &api_rotate,
+    sizeof(TqApi),
+    TQ_ABI_MAJOR,
+    TQ_ABI_MINOR,
+    0,
+    &api_build_id,
+    &api_list_formats,
+    &api_format_by_name,
+    &api_codebook,
+    &api_fake_quantize,
+    &api_kv_cache_spec,
+    &api_plan_pages,
+    &api_list_libraries,
+    &api_create_backend,
+    &api_destroy_backend,
+    &api_query_caps,
+    &api_query_counters,
+    &api_check_layer,
+    &api_unmet_reason,
+    &api_workspace_size,
+    &api_store_kv,
+    &api_attend,
+    &api_dequant_kv,
+    &api_copy_pages,
+    &api_rotate,
+    &api_align_skip_layers,
 };
 
 // Append-only: a slot that moves breaks every caller that was built before. Each pins one.
@@ -326,7 +397,8 @@ TQ_PIN_SLOT(attend, 16);
 TQ_PIN_SLOT(dequant_kv, 17);
 TQ_PIN_SLOT(copy_pages, 18);
 TQ_PIN_SLOT(rotate, 19);
-static_assert(sizeof(TqApi) == 16 + 20 * sizeof(void*), "append a TQ_PIN_SLOT for the new function");
+TQ_PIN_SLOT(align_skip_layers, 20);
+static_assert(sizeof(TqApi) == 16 + 21 * sizeof(void*), "append a TQ_PIN_SLOT for the new function");
 
 }  // namespace
 }  // namespace tq

@@ -102,8 +102,7 @@ Rows fake_quantize(const std::string& format, bool is_key, const Rows& x) {
   return out;
 }
 
-TqLayerDesc make_layer(const std::string& format, int num_kv_heads, int head_dim, int head_dim_v,
-                       int kv_sharing_target) {
+TqLayerDesc make_layer(const std::string& format, int num_kv_heads, int head_dim, int head_dim_v) {
   auto layer = sized<TqLayerDesc>();
   layer.format_id = find_format(format).format_id;
   layer.num_heads = num_kv_heads;
@@ -112,12 +111,12 @@ TqLayerDesc make_layer(const std::string& format, int num_kv_heads, int head_dim
   layer.head_dim_v = head_dim_v;
   layer.dtype = TQ_DTYPE_F32;
   layer.attention_kind = TQ_ATTENTION_DECODER;
-  layer.kv_sharing_target = kv_sharing_target;
+  layer.kv_sharing_target = -1;
   return layer;
 }
 
 py::dict kv_cache_spec(const std::string& format, int num_kv_heads, int head_dim, int head_dim_v) {
-  const TqLayerDesc layer = make_layer(format, num_kv_heads, head_dim, head_dim_v, -1);
+  const TqLayerDesc layer = make_layer(format, num_kv_heads, head_dim, head_dim_v);
   auto spec = sized<TqKvCacheSpec>();
   call(api().kv_cache_spec, &layer, &spec);
   py::dict d;
@@ -129,22 +128,45 @@ py::dict kv_cache_spec(const std::string& format, int num_kv_heads, int head_dim
   return d;
 }
 
-// layers: dictionaries with format, num_kv_heads, head_dim and, if they differ from 0 and -1, head_dim_v,
-// kv_sharing_target.
-py::dict plan_pages(const std::vector<py::dict>& layers, int block_size, int64_t memory_bytes) {
-  std::vector<TqLayerDesc> descs;
+const char* strategy_name(int strategy) {
+  return strategy == TQ_PLAN_UNIFORM        ? "uniform"
+         : strategy == TQ_PLAN_SIDE_BY_SIDE ? "side_by_side"
+         : strategy == TQ_PLAN_EQUAL_PAGES  ? "equal_pages"
+                                            : "padded_pages";
+}
+
+// layers: dictionaries with the fields of TqPlanLayer, and format (a name, or None for the native cache) in place of
+// its id; what is left out is 0, and -1 for kv_sharing_target.
+py::dict plan_pages(const std::vector<py::dict>& layers, int block_size, int64_t memory_bytes, int64_t max_model_len,
+                    int64_t max_in_flight_tokens, int max_block_size, int blocks_per_state, bool side_by_side) {
+  std::vector<TqPlanLayer> descs;
   for (const py::dict& layer : layers) {
-    auto get = [&layer](const char* key, int otherwise) {
-      return layer.contains(key) ? layer[key].cast<int>() : otherwise;
+    auto get = [&layer](const char* key, int64_t otherwise) {
+      return layer.contains(key) ? layer[key].cast<int64_t>() : otherwise;
     };
-    descs.push_back(make_layer(layer["format"].cast<std::string>(), get("num_kv_heads", 0), get("head_dim", 0),
-                               get("head_dim_v", 0), get("kv_sharing_target", -1)));
+    auto desc = sized<TqPlanLayer>();
+    if (layer.contains("format") && !layer["format"].is_none()) {
+      desc.format_id = find_format(layer["format"].cast<std::string>()).format_id;
+    }
+    desc.native_bytes = static_cast<int32_t>(get("native_bytes", 0));
+    desc.num_kv_heads = static_cast<int32_t>(get("num_kv_heads", 0));
+    desc.head_dim = static_cast<int32_t>(get("head_dim", 0));
+    desc.head_dim_v = static_cast<int32_t>(get("head_dim_v", 0));
+    desc.sliding_window = static_cast<int32_t>(get("sliding_window", 0));
+    desc.kv_sharing_target = static_cast<int32_t>(get("kv_sharing_target", -1));
+    desc.state_bytes = get("state_bytes", 0);
+    descs.push_back(desc);
   }
   auto request = sized<TqPlanRequest>();
   request.block_size = block_size;
   request.layers = descs.data();
   request.num_layers = static_cast<int64_t>(descs.size());
   request.memory_bytes = memory_bytes;
+  request.max_model_len = max_model_len;
+  request.max_in_flight_tokens = max_in_flight_tokens;
+  request.max_block_size = max_block_size;
+  request.blocks_per_state = blocks_per_state;
+  request.side_by_side = side_by_side ? 1 : 0;
   std::vector<TqPagePlan> rows(descs.size(), sized<TqPagePlan>());
   auto count = static_cast<int64_t>(rows.size());
   auto summary = sized<TqPlanSummary>();
@@ -160,11 +182,31 @@ py::dict plan_pages(const std::vector<py::dict>& layers, int block_size, int64_t
   }
   py::dict d;
   d["layers"] = per_layer;
+  d["strategy"] = strategy_name(summary.strategy);
   d["num_groups"] = summary.num_groups;
   d["bytes_per_block"] = summary.bytes_per_block;
   d["num_blocks"] = summary.num_blocks;
   d["kv_tokens"] = summary.kv_tokens;
+  d["blocks_per_sequence"] = summary.blocks_per_sequence;
+  d["waste_bytes"] = summary.waste_bytes;
+  d["longest_sequence"] = summary.longest_sequence;
   return d;
+}
+
+// kv_sharing_targets: of each layer the index of the one whose cache it reads, or -1.
+std::vector<int32_t> align_skip_layers(const std::vector<int32_t>& kv_sharing_targets,
+                                       const std::vector<int32_t>& skip_layers, int boundary_layers) {
+  auto request = sized<TqSkipRequest>();
+  request.boundary_layers = boundary_layers;
+  request.kv_sharing_targets = kv_sharing_targets.data();
+  request.num_layers = static_cast<int64_t>(kv_sharing_targets.size());
+  request.skip_layers = skip_layers.data();
+  request.num_skip_layers = static_cast<int64_t>(skip_layers.size());
+  std::vector<int32_t> out(kv_sharing_targets.size());
+  auto count = static_cast<int64_t>(out.size());
+  call(api().align_skip_layers, &request, out.data(), &count);
+  out.resize(static_cast<size_t>(count));
+  return out;
 }
 
 const char* kind_name(int kind) { return kind == TQ_DEVICE_CPU ? "cpu" : kind == TQ_DEVICE_CUDA ? "cuda" : "hip"; }
@@ -196,7 +238,7 @@ std::vector<std::string> unmet(const std::string& kind, const std::string& forma
   options.device_kind = kind == "cuda" ? TQ_DEVICE_CUDA : kind == "hip" ? TQ_DEVICE_HIP : TQ_DEVICE_CPU;
   TqBackend* backend = nullptr;
   call(api().create_backend, &options, &backend);
-  TqLayerDesc layer = make_layer(format, num_kv_heads, head_dim, head_dim_v, -1);
+  TqLayerDesc layer = make_layer(format, num_kv_heads, head_dim, head_dim_v);
   layer.num_heads = num_heads;
   layer.attention_kind = attention_kind == "mla"       ? TQ_ATTENTION_MLA
                          : attention_kind == "encoder" ? TQ_ATTENTION_ENCODER
@@ -227,7 +269,14 @@ PYBIND11_MODULE(_native, m) {
         "What float32 rows [rows, head_dim] read back as after a store; keys come back unrotated.");
   m.def("kv_cache_spec", &kv_cache_spec, py::arg("format"), py::arg("num_kv_heads"), py::arg("head_dim"),
         py::arg("head_dim_v") = 0);
-  m.def("plan_pages", &plan_pages, py::arg("layers"), py::arg("block_size"), py::arg("memory_bytes"));
+  m.def("plan_pages", &plan_pages, py::arg("layers"), py::arg("block_size"), py::arg("memory_bytes"),
+        py::arg("max_model_len") = 0, py::arg("max_in_flight_tokens") = 0, py::arg("max_block_size") = 0,
+        py::arg("blocks_per_state") = 1, py::arg("side_by_side") = false,
+        "Block sizes, page sizes and KV tokens of a model; see TqPlanRequest and TqPlanLayer in tq_backend.h.");
+  m.def(
+      "align_skip_layers", &align_skip_layers, py::arg("kv_sharing_targets"),
+      py::arg("skip_layers") = std::vector<int32_t>(), py::arg("boundary_layers") = 0,
+      "The layers that keep the native cache: those named, so many at both ends, and all that share a cache with one.");
   m.def("libraries", &libraries, py::arg("kernels_dir") = std::nullopt);
   m.def("unmet", &unmet, py::arg("kind"), py::arg("format"), py::arg("num_heads"), py::arg("num_kv_heads"),
         py::arg("head_dim"), py::arg("head_dim_v") = 0, py::arg("attention_kind") = "decoder");

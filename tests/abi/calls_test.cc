@@ -67,12 +67,85 @@ TEST_F(Calls, NewerCaller) {
   EXPECT_EQ(spec.extra, 42);
 }
 
+TEST_F(Calls, SkipLayersAreAlignedAndCounted) {
+  const int32_t targets[] = {-1, -1, -1, 1, 2};
+  const int32_t skip[] = {3};
+  TqSkipRequest request = {};
+  request.struct_size = sizeof(request);
+  request.kv_sharing_targets = targets;
+  request.num_layers = 5;
+  request.skip_layers = skip;
+  request.num_skip_layers = 1;
+  TqError error = make_error();
+  int64_t count = 0;
+  ASSERT_EQ(api().align_skip_layers(&request, nullptr, &count, &error), TQ_OK) << error.message;
+  EXPECT_EQ(count, 2);
+  int32_t layers[] = {-7, -7, -7};
+  ASSERT_EQ(api().align_skip_layers(&request, layers, &count, &error), TQ_OK) << error.message;
+  EXPECT_EQ(layers[0], 1);
+  EXPECT_EQ(layers[1], 3);
+  EXPECT_EQ(layers[2], -7);
+  count = 1;
+  layers[0] = -7;
+  EXPECT_EQ(api().align_skip_layers(&request, layers, &count, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(error.message).find("*count is 1"), std::string::npos) << error.message;
+  EXPECT_EQ(layers[0], -7);
+  request.skip_layers = nullptr;
+  EXPECT_EQ(api().align_skip_layers(&request, layers, &count, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(error.message).find("num_skip_layers is 1"), std::string::npos) << error.message;
+}
+
+TEST_F(Calls, PlannerTakesNativeLayersAndStates) {
+  TqPlanLayer layers[3] = {};
+  for (TqPlanLayer& l : layers) {
+    l.struct_size = sizeof(l);
+    l.num_kv_heads = 2;
+    l.head_dim = 64;
+    l.kv_sharing_target = -1;
+  }
+  layers[0].format_id = TQ_FORMAT_TURBOQUANT_4BIT_NC;
+  layers[0].native_bytes = 2;  // ignored
+  layers[1].native_bytes = 2;
+  layers[2].state_bytes = 4000;
+  layers[2].format_id = 77;  // ignored
+  TqPlanRequest request = {};
+  request.struct_size = sizeof(request);
+  request.block_size = 16;
+  request.layers = layers;
+  request.num_layers = 2;
+  request.memory_bytes = 1 << 20;
+  TqPlanSummary summary = {};
+  summary.struct_size = sizeof(summary);
+  TqError error = make_error();
+  int64_t count = 0;
+  ASSERT_EQ(api().plan_pages(&request, nullptr, &count, &summary, &error), TQ_OK) << error.message;
+  EXPECT_EQ(summary.strategy, TQ_PLAN_UNIFORM);
+  EXPECT_EQ(summary.bytes_per_block, 16 * 2 * (70 + 256));
+
+  request.num_layers = 3;
+  EXPECT_EQ(api().plan_pages(&request, nullptr, &count, &summary, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(error.message).find("max_model_len"), std::string::npos) << error.message;
+  request.max_model_len = 1000;
+  ASSERT_EQ(api().plan_pages(&request, nullptr, &count, &summary, &error), TQ_OK) << error.message;
+  EXPECT_EQ(count, 3);
+  EXPECT_EQ(summary.strategy, TQ_PLAN_PADDED_PAGES);
+  layers[2].state_bytes = 0;
+  EXPECT_EQ(api().plan_pages(&request, nullptr, &count, &summary, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(error.message).find("request.layers[2]: "), std::string::npos) << error.message;
+}
+
 TEST_F(Calls, PlannerWalksAnArrayOfLargerStructs) {
   struct Newer {
-    TqLayerDesc base;
+    TqPlanLayer base;
     int64_t extra;
-  } layers[3] = {{layer, 1}, {layer, 2}, {layer, 3}};
-  for (Newer& l : layers) l.base.struct_size = sizeof(Newer);
+  } layers[3] = {{{}, 1}, {{}, 2}, {{}, 3}};
+  for (Newer& l : layers) {
+    l.base.struct_size = sizeof(Newer);
+    l.base.format_id = layer.format_id;
+    l.base.num_kv_heads = 2;
+    l.base.head_dim = 64;
+    l.base.kv_sharing_target = -1;
+  }
   TqPlanRequest request = {};
   request.struct_size = sizeof(request);
   request.block_size = 16;

@@ -223,6 +223,7 @@ class Api(Sized):
         ("dequant_kv", _function(c_int32, c_void_p, POINTER(DequantKvArgs), POINTER(Error))),
         ("copy_pages", c_void_p),
         ("rotate", _function(c_int32, c_void_p, POINTER(RotateArgs), POINTER(Error))),
+        ("align_skip_layers", c_void_p),
     ]
 
 

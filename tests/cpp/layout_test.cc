@@ -9,7 +9,6 @@
 
 #include "layout/page_layout.h"
 #include "layout/reference_page.h"
-#include "planner/planner.h"
 
 namespace tq {
 namespace {
@@ -82,58 +81,6 @@ TEST(Layout, ThirdBitsOfARowAreAPermutation) {
     EXPECT_EQ(*seen.begin(), 0);
     EXPECT_EQ(*seen.rbegin(), dim - 1);
   }
-}
-
-LayerSpec layer(const char* name, int kv_heads = 8, int dim = 128, int target = -1) {
-  return {find_format(std::string_view(name)), kv_heads, dim, dim, target};
-}
-
-TEST(Planner, CountsTokens) {
-  const std::vector<LayerSpec> layers(32, layer("turboquant_4bit_nc"));
-  Plan plan;
-  ASSERT_EQ(plan_pages(layers, 16, int64_t{24} << 30, &plan), "");
-  EXPECT_EQ(plan.layers[0].page_bytes, 16 * 8 * 134);
-  EXPECT_EQ(plan.bytes_per_block, 32 * 16 * 8 * 134);
-  EXPECT_EQ(plan.num_blocks, (int64_t{24} << 30) / (32 * 16 * 8 * 134));
-  EXPECT_EQ(plan.kv_tokens, plan.num_blocks * 16);
-  EXPECT_EQ(plan.num_groups, 1);
-}
-
-TEST(Planner, LayersThatSharePagesCostNothing) {
-  std::vector<LayerSpec> layers(4, layer("turboquant_k8v4"));
-  layers[3].kv_sharing_target = 1;
-  Plan plan;
-  ASSERT_EQ(plan_pages(layers, 32, 1 << 30, &plan), "");
-  EXPECT_EQ(plan.layers[3].page_bytes, 0);
-  EXPECT_EQ(plan.layers[3].group, plan.layers[1].group);
-  EXPECT_EQ(plan.bytes_per_block, 3 * 32 * 8 * 196);
-}
-
-TEST(Planner, GroupsByPageSize) {
-  const std::vector<LayerSpec> layers = {layer("turboquant_k8v4"), layer("turboquant_4bit_nc"),
-                                         layer("turboquant_k8v4")};
-  Plan plan;
-  ASSERT_EQ(plan_pages(layers, 16, 0, &plan), "");
-  EXPECT_EQ(plan.num_groups, 2);
-  EXPECT_EQ(plan.layers[0].group, plan.layers[2].group);
-  EXPECT_NE(plan.layers[0].group, plan.layers[1].group);
-  EXPECT_EQ(plan.kv_tokens, 0);
-}
-
-TEST(Planner, SaysWhatIsWrong) {
-  Plan plan;
-  const std::vector<LayerSpec> one = {layer("turboquant_k8v4")};
-  EXPECT_NE(plan_pages({}, 16, 1, &plan).find("layers is empty"), std::string::npos);
-  EXPECT_NE(plan_pages(one, 24, 1, &plan).find("block_size is 24"), std::string::npos);
-  EXPECT_NE(plan_pages(one, 16, -5, &plan).find("memory_bytes is -5"), std::string::npos);
-  std::vector<LayerSpec> layers(3, layer("turboquant_k8v4"));
-  layers[1].kv_sharing_target = 7;
-  EXPECT_NE(plan_pages(layers, 16, 1, &plan).find("layers[1].kv_sharing_target is 7"), std::string::npos);
-  layers[1].kv_sharing_target = 2;
-  layers[2].kv_sharing_target = 1;
-  EXPECT_NE(plan_pages(layers, 16, 1, &plan).find("shares pages itself"), std::string::npos);
-  layers[2] = layer("turboquant_k8v4", 8, 64);
-  EXPECT_NE(plan_pages(layers, 16, 1, &plan).find("differ"), std::string::npos);
 }
 
 }  // namespace

@@ -112,10 +112,31 @@ typedef struct TqKvCacheSpec {
   int64_t bytes_per_token; /* slot_bytes * num_kv_heads */
 } TqKvCacheSpec;
 
+/* How pages of several sizes come to share one pool of blocks. */
+typedef enum TqPlanStrategy {
+  TQ_PLAN_UNIFORM = 1,      /* one group: all layers need equally many blocks, and pages keep their own sizes */
+  TQ_PLAN_SIDE_BY_SIDE = 2, /* several groups, pages keep their own sizes */
+  TQ_PLAN_EQUAL_PAGES = 3,  /* block sizes make all pages equal */
+  TQ_PLAN_PADDED_PAGES = 4  /* block sizes make them nearly equal, the rest is padding */
+} TqPlanStrategy;
+
+/* One layer as the planner sees it: compressed, in the engine's native cache, or a recurrent state. */
+typedef struct TqPlanLayer {
+  uint32_t struct_size;
+  uint32_t format_id;        /* TqFormatId, or 0 for the native cache */
+  int32_t native_bytes;      /* of one element of a native cache (2 for bf16, 1 for fp8); ignored with a format_id */
+  int32_t num_kv_heads;      /* of one device */
+  int32_t head_dim;          /* compressed: as TqLayerDesc's */
+  int32_t head_dim_v;        /* 0 means head_dim */
+  int32_t sliding_window;    /* tokens; 0: full attention */
+  int32_t kv_sharing_target; /* index of the layer whose pages this one reads, or -1 */
+  int64_t state_bytes; /* > 0: a state of so many bytes per sequence (Mamba, GDN); all but the target is ignored */
+} TqPlanLayer;
+
 typedef struct TqPagePlan { /* of one layer */
   uint32_t struct_size;
-  int32_t group;      /* layers of one group have pages of one size */
-  int32_t block_size; /* tokens per page */
+  int32_t group;      /* layers of one group share a block table */
+  int32_t block_size; /* tokens per page; of a state: the common multiple of the others', not part of its size */
   int32_t reserved;
   int64_t page_bytes;    /* 0 for a layer that reads another layer's pages */
   int64_t padding_bytes; /* of page_bytes, unused */
@@ -123,19 +144,40 @@ typedef struct TqPagePlan { /* of one layer */
 
 typedef struct TqPlanRequest {
   uint32_t struct_size;
-  int32_t block_size; /* tokens per page, a multiple of 16 */
-  const TqLayerDesc* layers;
+  int32_t block_size; /* tokens of the smallest page, a multiple of 16; every other page has a multiple of it */
+  const TqPlanLayer* layers;
   int64_t num_layers;
-  int64_t memory_bytes; /* for all pages of all layers */
+  int64_t memory_bytes;  /* for all pages of all layers */
+  int64_t max_model_len; /* of one sequence; 0: not known, which only a model without windows and states allows */
+  int64_t max_in_flight_tokens; /* scheduled and not yet settled: a window's old pages are freed only behind them */
+  int32_t max_block_size;       /* bound of the common multiple of block sizes; 0: 1024, or what a state needs */
+  int32_t blocks_per_state;     /* of one sequence; 0 means 1 */
+  int32_t side_by_side;         /* 1: the block may be the outermost dimension of the cache, in all layers' kernels */
+  int32_t reserved;
 } TqPlanRequest;
 
 typedef struct TqPlanSummary {
   uint32_t struct_size;
   int32_t num_groups;
-  int64_t bytes_per_block; /* one page of every layer */
+  int64_t bytes_per_block; /* one page of every layer of the widest group */
   int64_t num_blocks;      /* that fit in memory_bytes */
-  int64_t kv_tokens;       /* num_blocks * block_size */
+  int64_t kv_tokens;       /* as vLLM reports them: sequences of max_model_len that fit, times max_model_len */
+  int32_t strategy;        /* TqPlanStrategy */
+  int32_t reserved;
+  int64_t blocks_per_sequence; /* of max_model_len tokens; 0 if that is not known */
+  int64_t waste_bytes;         /* in those blocks: padding, and what groups narrower than the widest leave */
+  int64_t longest_sequence;    /* <= max_model_len, beside the one block that engines keep back */
 } TqPlanSummary;
+
+/* Which layers keep the engine's own cache format. */
+typedef struct TqSkipRequest {
+  uint32_t struct_size;
+  int32_t boundary_layers;           /* so many first and last layers are skipped (vLLM's rule is 2); 0: none */
+  const int32_t* kv_sharing_targets; /* [num_layers], as TqLayerDesc.kv_sharing_target */
+  int64_t num_layers;
+  const int32_t* skip_layers; /* [num_skip_layers] layer numbers, or NULL if there are none */
+  int64_t num_skip_layers;
+} TqSkipRequest;
 
 /* A caller's thread pool: run(context, n, task, arg) calls task(arg, i) once for each i in [0, n), on up to
  * num_threads threads, and returns when all are done. */
@@ -356,6 +398,10 @@ typedef struct TqApi {
   int32_t (*dequant_kv)(TqBackend* backend, const TqDequantKvArgs* args, TqError* error);
   int32_t (*copy_pages)(TqBackend* backend, const TqCopyPagesArgs* args, TqError* error);
   int32_t (*rotate)(TqBackend* backend, const TqRotateArgs* args, TqError* error);
+
+  /* Planner: the layers to skip such that those which share pages are all skipped or none is. out receives ascending
+   * layer numbers; *count is capacity in (num_layers is always enough), number out; out may be NULL. */
+  int32_t (*align_skip_layers)(const TqSkipRequest* request, int32_t* out, int64_t* count, TqError* error);
 } TqApi;
 
 /* (TQ_ABI_MAJOR << 16) | TQ_ABI_MINOR of the library. */
