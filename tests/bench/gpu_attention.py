@@ -33,6 +33,8 @@ SEED = 20261123
 FORMAT = "turboquant_4bit_nc"
 FORMATS = ("turboquant_k8v4", FORMAT, "turboquant_k3v4_nc", "turboquant_3bit_nc")
 ERROR_LIMIT = 1e-2  # of bf16 outputs, relative to a row's largest
+# The prefill route rounds more often to bf16 (2^-9 each time): rotated queries and decoded keys, and the output at each merge.
+ROUTE_ERROR_LIMIT = 2e-2
 MEMORY = 60e9  # bytes; larger points are left out
 BF16_BARS = {(1, 32768): 1.7, (1, 131072): 2.7, (8, 8192): 2.3, (8, 32768): 3.0, (64, 4096): 3.0, (64, 16384): 3.4}
 # Query heads, KV heads, context as a multiple of the table's, and the part of the table's bar that is asked.
@@ -45,7 +47,7 @@ PREFILL_BARS = {  # sequences, new tokens, prefix
     (1, 128, 24576): 0.87,
     (1, 512, 24576): 0.87,
     (1, 1024, 24576): 0.87,
-    (1, 8192, 0): None,
+    (1, 8192, 0): 1.0,
 }
 
 
@@ -82,6 +84,11 @@ class Bench:
         name = "cuDNN bf16" if shape.query_len in (1, shape.context) else "cuDNN unmasked bf16"
         return Rival(name, lambda: baselines.cudnn(self.raw, shape))
 
+    def cudnn_prefill(self, shape: Shape) -> Rival:
+        if shape.query_len == shape.context:
+            return self.cudnn(shape)
+        return Rival("cuDNN in two parts bf16", lambda: baselines.cudnn_parts(self.raw, shape))
+
     def bf16(self, shape: Shape) -> list[Rival]:
         return [self.fa3(shape), self.cudnn(shape)]
 
@@ -99,6 +106,18 @@ class Bench:
             context=shape.context, group=shape.heads // shape.kv_heads,
         )  # fmt: skip
         return self.point(row, lambda: self.ours.check(shape, fmt), lambda: self.ours.attend(shape, fmt), rivals, bar)
+
+    def prefill(self, shape: Shape, bar: float | None) -> list[Row]:
+        """One point of the route that the vLLM adapter takes, with the kernel that reads pages alone beside it."""
+        row = Row(
+            "prefill", "prefill attention", FORMAT, shape.name, shape.details, shape.brief, flops=shape.flops,
+            ceiling=self.ceiling, limit=ROUTE_ERROR_LIMIT, batch=shape.batch, context=shape.context,
+            group=shape.heads // shape.kv_heads,
+        )  # fmt: skip
+        own = Rival("ours, attend", lambda: self.ours.attend(shape, FORMAT))
+        rivals = [self.fa3(shape), self.cudnn_prefill(shape), own]
+        check, build = (lambda: self.ours.check_route(shape, FORMAT)), (lambda: self.ours.route(shape, FORMAT))
+        return self.point(row, check, build, rivals, bar)
 
     def point(
         self,
@@ -232,8 +251,7 @@ def intree(bench: Bench) -> Points:
 def prefill(bench: Bench) -> Points:
     for (batch, new, prefix), bar in PREFILL_BARS.items():
         shape = Shape(batch, prefix + new, query_len=new)
-        rivals = [bench.fa3(shape)] + ([bench.cudnn(shape)] if prefix == 0 else [])
-        yield bench.attend("prefill", shape, rivals, bar)
+        yield bench.prefill(shape, bar)
     for context, keep in ((32768, False), (131072, False), (131072, True)):
         shape = Shape(1, context)
         details = f"{shape.kv_heads} KV heads, head_dim {shape.dim}, keys {'left rotated' if keep else 'rotated back'}"
@@ -292,7 +310,11 @@ SUITES: dict[str, tuple[Callable[[Bench], Points], float, str]] = {
     "pages": (pages, 20, "pages of 16, 32, 64, 128 at 64x16k"),
     "window": (window, 10, "a window of 1024 over 8x128k"),
     "ragged": (ragged, 15, "log-uniform lengths"),
-    "prefill": (prefill, 40, "prefill and chunks over a prefix against FA3; dequant_kv"),
+    "prefill": (
+        prefill,
+        40,
+        "prefill and chunks over a prefix, by the adapter's route and by attend, against FA3 and cuDNN; dequant_kv",
+    ),
     "store": (store, 20, "1, 64, 8192 tokens against a bf16 copy and vLLM's cache write"),
     "intree": (intree, 40, "vLLM's Triton TurboQuant decode at the table's shapes"),
     "grid": (grid, 120, "60 points of batch, context and GQA, against FA3 and cuDNN"),

@@ -113,6 +113,30 @@ def cudnn(pool: RawPool, shape: Shape) -> Candidate:
     return Candidate([lambda i=i: call(i) for i in range(sets)], nbytes, guess_us(shape, nbytes))
 
 
+def cudnn_parts(pool: RawPool, shape: Shape) -> Candidate:
+    """cuDNN's attention over a prefix without a mask, and causal over the chunk behind it: torch has no mask for both at once that
+    cuDNN takes. The two results are not merged, so this is a little faster than what could be used."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    nbytes = shape.raw_bytes(2)
+    prefix = shape.context - shape.query_len
+    sets = buffer_sets(nbytes) if nbytes < 1 << 28 else 2
+    size = (sets, shape.batch, shape.kv_heads, shape.context, shape.dim)
+    key, value = pool.take(BF16, 2 * math.prod(size))[: 2 * math.prod(size)].view(2, *size)
+    queries = shape.queries(sets).view(sets, shape.batch, shape.query_len, shape.heads, shape.dim).transpose(2, 3)
+
+    def call(i: int) -> None:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            for part, causal in ((slice(0, prefix), False), (slice(prefix, None), True)):
+                torch.nn.functional.scaled_dot_product_attention(
+                    queries[i], key[i][:, :, part], value[i][:, :, part], is_causal=causal,
+                    enable_gqa=shape.heads != shape.kv_heads,
+                )  # fmt: skip
+
+    call(0)
+    return Candidate([lambda i=i: call(i) for i in range(sets)], nbytes, guess_us(shape, nbytes))
+
+
 def triton_paged(pool: RawPool, shape: Shape) -> Candidate:
     """vLLM's Triton decode attention, which it uses where FA3 has no kernel (head_dim above 256)."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention

@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from gpu_abi import DEVICE, Backend, Layer
 from gpu_timing import Candidate, Shape, block_tables, buffer_sets, guess_us, pool_slots, slots_of
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "plugin"))  # the prefill route; its modules need torch only
+from tq_backend.vllm_adapter import prefill
+from tq_backend.vllm_adapter.prefill_plan import Geometry, limits_of, make_plan, workspace_size
+
 BF16 = torch.bfloat16
 FILL_TOKENS, FILL_HEADS, FILL_PAGE = 65536, 8, 16
 CHECKED_ROWS = 64  # query tokens of one sequence
+MAX_BATCHED_TOKENS = 8192  # that the prefill route's workspace is for
 
 
 def layer_of(shape: Shape, format_name: str) -> Layer:
     return Layer(format_name, shape.heads, shape.kv_heads, shape.dim, shape.window)
+
+
+class RouteOps:
+    """dequant_kv and rotate with the LibTorch operators' arguments, through the C ABI."""
+
+    def __init__(self, backend: Backend, layer: Layer) -> None:
+        self.backend, self.layer = backend, layer
+
+    def dequant_kv(
+        self, pages: torch.Tensor, table: torch.Tensor, first: torch.Tensor, start: torch.Tensor, _format_id: int,
+        block_size: int, key: torch.Tensor, value: torch.Tensor, keep_rotated: bool, counts: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        self.backend.dequant_kv(self.layer, pages, block_size, table, first, start, key, value, keep_rotated, counts)()
+
+    def rotate(self, x: torch.Tensor, out: torch.Tensor, _format_id: int) -> None:
+        self.backend.rotate(self.layer, x, out)()
+
+
+@dataclass
+class Routed:
+    """The prefill route over a pool, and what its results are checked with."""
+
+    candidate: Candidate
+    layer: Layer
+    pool: torch.Tensor
+    tables: torch.Tensor  # [sets, batch, pages]
+    queries: torch.Tensor  # [sets, tokens, heads, dim]
+    kv: torch.Tensor  # the chunks' keys and values, [sets, 2, tokens, kv_heads, dim]
+    out: torch.Tensor  # of the last call
 
 
 class Ours:
@@ -85,14 +122,58 @@ class Ours:
         table = tables[-1]
         self.backend.attend(layer, pool, shape.page, query, out, start, lens, table, shape.query_len, work)()
         sequence = shape.seq_lens.index(max(shape.seq_lens)) if shape.lens else shape.batch // 2
-        count = shape.seq_lens[sequence]
-        key, value = torch.empty(2, count, shape.kv_heads, shape.dim, device=DEVICE, dtype=torch.float32)
-        self.backend.dequant_first(layer, pool, shape.page, table[sequence], key, value)()
-        rows = torch.linspace(0, shape.query_len - 1, min(CHECKED_ROWS, shape.query_len), device=DEVICE).long()
-        at = sequence * shape.query_len + rows
-        want = attention(query[at].float(), key, value, count - shape.query_len + rows, shape)
-        error = (out[at].float() - want).abs().amax(-1) / want.abs().amax(-1)
-        return torch.nan_to_num(error, nan=math.inf).max().item()
+        key, value = self._dequantized(layer, pool, shape, table[sequence], shape.seq_lens[sequence])
+        return largest_error(query, out, key, value, sequence, shape)
+
+    def _dequantized(
+        self, layer: Layer, pool: torch.Tensor, shape: Shape, table: torch.Tensor, count: int
+    ) -> torch.Tensor:
+        """The first `count` keys and values of one sequence: float32 [2, count, kv_heads, dim]."""
+        kv = torch.empty(2, count, shape.kv_heads, shape.dim, device=DEVICE, dtype=torch.float32)
+        self.backend.dequant_first(layer, pool, shape.page, table, kv[0], kv[1])()
+        return kv
+
+    def _routed(self, shape: Shape, format_name: str, sets: int) -> Routed:
+        """The prefill route's whole step for one layer, on at most `sets` sets of buffers."""
+        layer, pool, tables, nbytes = self._placed(shape, format_name)
+        tables = tables[:sets]
+        geometry = Geometry(shape.heads, shape.kv_heads, shape.dim, shape.dim, BF16, shape.window)
+        limits = limits_of(geometry, MAX_BATCHED_TOKENS)
+        route = prefill.PrefillRoute(
+            RouteOps(self.backend, layer), self.backend.format_id(format_name), format_name != "turboquant_k8v4", geometry,
+            limits, shape.dim**-0.5, prefill.flash_attention_3(), prefill.vllm_merge(),
+        )  # fmt: skip
+        starts = [i * shape.query_len for i in range(shape.batch + 1)]
+        plan = make_plan(starts, shape.seq_lens, 0, shape.window, limits, torch.device(DEVICE))
+        if plan is None:
+            raise RuntimeError("the prefill route does not serve this shape")
+        workspace = torch.empty(workspace_size(geometry, limits), dtype=torch.uint8, device=DEVICE)
+        queries = shape.queries(len(tables))
+        size = (len(tables), 2, shape.num_queries, shape.kv_heads, shape.dim)
+        kv = torch.randn(size, device=DEVICE, dtype=BF16)
+        out = torch.full_like(queries[0], math.nan)
+
+        def call(i: int) -> None:
+            route.run(plan, queries[i], kv[i, 0], kv[i, 1], pool, tables[i], shape.page, None, workspace, out)
+
+        calls = [lambda i=i: call(i) for i in range(len(tables))]
+        return Routed(Candidate(calls, nbytes, guess_us(shape, nbytes)), layer, pool, tables, queries, kv, out)
+
+    def route(self, shape: Shape, format_name: str) -> Candidate:
+        """Prefill through FA3 over decoded pieces: rotation, decode, attention and merges."""
+        return self._routed(shape, format_name, 4).candidate
+
+    def check_route(self, shape: Shape, format_name: str) -> float:
+        """As check, over the dequantized prefix and the chunk as it came."""
+        r = self._routed(shape, format_name, 1)
+        r.candidate.calls[0]()
+        sequence = shape.batch // 2
+        prefix = shape.seq_lens[sequence] - shape.query_len
+        rows = slice(sequence * shape.query_len, (sequence + 1) * shape.query_len)
+        kv = r.kv[0][:, rows].float()
+        if prefix > 0:
+            kv = torch.cat([self._dequantized(r.layer, r.pool, shape, r.tables[0][sequence], prefix), kv], 1)
+        return largest_error(r.queries[0], r.out, kv[0], kv[1], sequence, shape)
 
     def dequant(self, shape: Shape, format_name: str, keep_rotated: bool) -> Candidate:
         """Of one sequence into bf16; the bytes read and written."""
@@ -130,6 +211,17 @@ class Ours:
             error = ((got.reshape(-1, dim).cpu() - want).norm() / want.norm()).item()
             worst = max(worst, error if math.isfinite(error) else math.inf)
         return worst
+
+
+def largest_error(
+    query: torch.Tensor, out: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequence: int, shape: Shape
+) -> float:
+    """Of some rows of one sequence whose keys and values [tokens, kv_heads, dim] are given in float32."""
+    rows = torch.linspace(0, shape.query_len - 1, min(CHECKED_ROWS, shape.query_len), device=DEVICE).long()
+    at = sequence * shape.query_len + rows
+    want = attention(query[at].float(), key, value, len(key) - shape.query_len + rows, shape)
+    error = (out[at].float() - want).abs().amax(-1) / want.abs().amax(-1)
+    return torch.nan_to_num(error, nan=math.inf).max().item()
 
 
 def attention(

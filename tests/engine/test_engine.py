@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 import pytest
 from engines import MODEL, raw_pages, recorded_codec, replayed_float_cache, running
+from stock_attention import prefill_route
 from tq_backend.cli.engine import Engine, counters
 from tq_backend.cli.heldout import heldout_tokens
 from tq_backend.cli.quality import REFERENCE_KL
+from tq_backend.vllm_adapter.prefill_plan import Limits
 
 # Chunked prefill (700 tokens in chunks of 256, mixed with decodes), prefix hits in pages of 128.
 OPTIONS = {"dtype": "float32", "max_num_batched_tokens": 256, "enable_prefix_caching": True}
@@ -78,10 +80,21 @@ def test_float_pages_equal_the_stock_engine():
         before = counters()["attend_calls"]
         ours = observe(engine)
         assert counters()["attend_calls"] > before
-    assert ours.hit_tokens >= 2 * 512
-    assert ours.tokens == stock.tokens
-    # Two float32 implementations of one attention; 7.6e-6 was seen with one written in PyTorch.
-    assert largest_difference(ours, stock) < 1e-4
+    # The prefill route, as on a GPU, with pieces that are smaller than the longest prefixes.
+    raw = {"turboquant": {"skip_layers": [], "current": "raw"}}
+    with (
+        raw_pages(),
+        prefill_route(Limits(384, 200)) as runs,
+        running("turboquant_4bit_nc", **OPTIONS, additional_config=raw) as engine,
+    ):
+        routed = observe(engine)
+        # All prompt tokens but those of chunks of 16 and less, which count as decodes.
+        assert sum(runs) // engine.num_layers > 700 + 17 + 130
+    assert stock.tokens == ours.tokens == routed.tokens
+    for seen in (ours, routed):
+        assert seen.hit_tokens >= 2 * 512
+        # Two float32 implementations of one attention; 7.6e-6 was seen with one written in PyTorch.
+        assert largest_difference(seen, stock) < 1e-4
 
 
 @pytest.mark.parametrize("name", REFERENCE_KL)

@@ -1,4 +1,5 @@
-"""What one layer hands to the kernels means what vLLM means: windows, soft caps, ALiBi, sinks, cache layouts, shared caches.
+"""What one layer hands to the kernels means what vLLM means: windows, soft caps, ALiBi, sinks, cache layouts, shared caches; and
+which part of a batch goes which way.
 
 The small model has none of these, so an engine run would not notice a window that is one too short. Here one layer of ours over
 float pages (raw_f32) meets vLLM's stock CPU kernel over its own float cache, on the same numbers.
@@ -6,15 +7,25 @@ float pages (raw_f32) meets vLLM's stock CPU kernel over its own float cache, on
 
 from __future__ import annotations
 
+import itertools
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import stock_attention
 import torch
 from engines import raw_pages
 from tq_backend._library import native, torch_ops
 from tq_backend.vllm_adapter.impl import TurboQuantImpl
-from tq_backend.vllm_adapter.metadata import TurboQuantMetadata, check_shared_caches
+from tq_backend.vllm_adapter.metadata import (
+    TurboQuantMetadata,
+    TurboQuantMetadataBuilder,
+    check_shared_caches,
+    plan_prefill,
+)
+from tq_backend.vllm_adapter.prefill import PrefillRoute
+from tq_backend.vllm_adapter.prefill_plan import Geometry, Limits, workspace_size
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 64, 32
 SCALE = HEAD_DIM**-0.5
@@ -209,3 +220,106 @@ def test_what_is_not_served_is_said(tensors):
         logger.removeHandler(handler)
         logger.setLevel(level)
     assert said == ["TURBOQUANT ignores the attention arguments ['novelty'], which it does not know"]
+
+
+def common():
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    start = torch.tensor([0, *itertools.accumulate(QUERY_LENS)], dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=start, query_start_loc_cpu=start, seq_lens=torch.tensor(SEQ_LENS, dtype=torch.int32),
+        num_reqs=len(SEQ_LENS), num_actual_tokens=sum(QUERY_LENS), max_query_len=max(QUERY_LENS), max_seq_len=max(SEQ_LENS),
+        block_table_tensor=block_table(), slot_mapping=slots(),
+        seq_lens_cpu_upper_bound=torch.tensor(SEQ_LENS, dtype=torch.int32),
+    )  # fmt: skip
+
+
+def routed_layer(limits: Limits, window: int, **options):
+    impl = layer(sliding_window=window or None, **options)
+    geometry = Geometry(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, torch.float32, window)
+    impl.prefill_route = PrefillRoute(
+        impl.ops, impl.format_id, False, geometry, limits, SCALE, stock_attention.attention, stock_attention.merge
+    )
+    return impl
+
+
+@pytest.mark.parametrize("window", [0, 24])
+@pytest.mark.parametrize("limits", [Limits(64, 1000), Limits(128, 30)])
+def test_a_layer_sends_decodes_to_attend_and_prefills_to_the_route(tensors, window, limits):
+    """Over float pages, where raw and compressed are the same, so that `attend` alone gives the wanted result."""
+    query, key, value = tensors
+    sinks = torch.tensor(SINKS)
+    impl, cache = routed_layer(limits, window, sinks=sinks), empty_cache("LBHNC")
+    impl.do_kv_cache_update(None, key, value, cache, slots())
+    # The chunk's rows of the batch are the last ones of each sequence's tokens.
+    ends = list(itertools.accumulate(SEQ_LENS))
+    current = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, QUERY_LENS, strict=True)])
+    batch = metadata()
+    plan_prefill(batch, common(), {impl.prefill_route.plan_key}, 16)
+    batch.workspace = torch.empty(
+        max(len(batch.workspace), workspace_size(impl.prefill_route.geometry, limits)), dtype=torch.uint8
+    )
+    assert (batch.num_decodes, batch.num_decode_tokens, batch.max_decode_query_len) == (1, 1, 1)
+    before = torch_ops().counters()
+    out = impl.forward(None, query, key[current], value[current], cache, batch, torch.empty_like(query))
+    after = torch_ops().counters()
+    assert after[3] - before[3] == QUERY_LENS[0], "attend serves the decode alone"
+    wanted = ours(tensors, sliding_window=window or None, sinks=sinks)
+    torch.testing.assert_close(out, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+    # A layer that reads another one's cache brings no keys: all of it comes from pages.
+    shared = impl.forward(None, query, None, None, cache, batch, torch.empty_like(query))
+    assert torch.equal(shared, wanted)
+    assert torch_ops().counters()[3] - after[3] == 2 * sum(QUERY_LENS)
+
+
+def test_nothing_is_planned_where_nothing_prefills():
+    batch, given, key = metadata(), common(), (0, Limits(64, 1000))
+    plan_prefill(batch, given, {key}, 40)  # all chunks count as decodes
+    assert batch.plans == {} and batch.num_decodes == 0
+    plan_prefill(batch, replace(given, seq_lens_cpu_upper_bound=None), {key}, 16)  # an engine that does not tell
+    assert batch.plans == {}
+    plan_prefill(batch, given, {(24, Limits(16, 1000))}, 16)  # no room for the window
+    assert batch.plans == {}
+    # A decode behind prefills: how many of its drafts were accepted, and so its length, is not known on the host.
+    start = torch.tensor([0, *itertools.accumulate(QUERY_LENS[::-1])], dtype=torch.int32)
+    lens = torch.tensor(SEQ_LENS[::-1], dtype=torch.int32)
+    plan_prefill(batch, replace(given, query_start_loc_cpu=start, seq_lens_cpu_upper_bound=lens), {key}, 16)
+    assert batch.plans == {}
+    plan_prefill(batch, given, {key}, 16)
+    assert list(batch.plans) == [key]
+
+
+def test_layers_get_routes_in_raw_mode_only(monkeypatch):
+    """_route_prefill, with what it needs of a builder."""
+
+    def builder(current: str | None) -> SimpleNamespace:
+        config = SimpleNamespace(
+            additional_config={"turboquant": {"current": current}}, model_config=SimpleNamespace(dtype=torch.float32),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=256),
+        )  # fmt: skip
+        thresholds: list[int] = []
+        return SimpleNamespace(
+            vllm_config=config, device=torch.device("cpu"), thresholds=thresholds,
+            _init_reorder_batch_threshold=lambda n, supports_spec_as_decode: thresholds.append(n),
+        )  # fmt: skip
+
+    limits = Limits(64, 32)
+    for current in (None, "compressed"):
+        impl, made = layer(), builder(current)
+        assert (
+            TurboQuantMetadataBuilder._route_prefill(made, [impl]) == 0
+            and impl.prefill_route is None
+            and made.thresholds == []
+        )
+    with stock_attention.prefill_route(limits):
+        impls, made = [layer(), layer(sliding_window=24), layer()], builder("raw")
+        assert TurboQuantMetadataBuilder._route_prefill(made, impls) == workspace_size(
+            impls[0].prefill_route.geometry, limits
+        )
+    assert made.plan_keys == {(0, limits), (24, limits)} and made.thresholds == [16]
+    # Without a stock kernel, here on a CPU, raw is not to be had: said once, and served from pages.
+    impls, made = [layer(alibi_slopes=SLOPES), layer()], builder("raw")
+    said: list[str] = []
+    monkeypatch.setattr("tq_backend.vllm_adapter.metadata.logger.warning", lambda text, *args: said.append(text % args))
+    assert TurboQuantMetadataBuilder._route_prefill(made, impls) == 0 and made.plan_keys == set()
+    assert len(said) == 1 and "no stock kernel is known for devices of kind cpu" in said[0]

@@ -114,6 +114,7 @@ def test_what_a_gpu_platform_asks_the_backend():
         ({"turboquant": {"skip_layers": "0,1"}}, "must be a list"),
         ({"turboquant": {"skip_layers": [1.5]}}, "must be a list"),
         ({"turboquant": ["skip_layers"]}, "must be a dictionary"),
+        ({"turboquant": {"current": "exact"}}, "'current'.* is 'exact'; it must be one of .'raw', 'compressed'"),
     ],
 )
 def test_options_are_checked(given, words):

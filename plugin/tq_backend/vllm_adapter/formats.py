@@ -17,5 +17,10 @@ def slot_bytes(kv_cache_dtype: str, head_dim: int, head_dim_v: int) -> int:
     return native().kv_cache_spec(page_format(kv_cache_dtype), 1, head_dim, head_dim_v)["slot_bytes"]
 
 
+def rotates_keys(kv_cache_dtype: str) -> bool:
+    """Lloyd-Max keys are rotated before they are quantized, FP8 and float keys are not."""
+    return native().format_by_name(page_format(kv_cache_dtype))["key_bits"] < 8
+
+
 def format_id(kv_cache_dtype: str) -> int:
     return native().format_by_name(page_format(kv_cache_dtype))["format_id"]

@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from tq_backend._library import torch_ops
 from tq_backend.vllm_adapter import formats
 from tq_backend.vllm_adapter.metadata import TurboQuantMetadata
+from tq_backend.vllm_adapter.prefill import PrefillRoute
 
 logger = logging.getLogger("vllm.tq_backend")
 
@@ -52,6 +53,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.sinks = extra.pop("sinks", None)
         self.kernel_sinks: torch.Tensor | None = None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.prefill_route: PrefillRoute | None = None  # given by the metadata builder, which knows device and dtype
         if extra:
             logger.warning("TURBOQUANT ignores the attention arguments %s, which it does not know", sorted(extra))
         self.ops = torch_ops()
@@ -100,19 +102,52 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query: [tokens, num_heads, head_size]; output: [tokens, num_heads, head_size_v], written in place. key and value
-        are not read: what is attended comes from pages, the current tokens too."""
+        [tokens, num_kv_heads, head_size] are read by the prefill route only; whatever else is attended comes from pages, the
+        current tokens too."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("TURBOQUANT does not write quantized outputs; output_scale must be None")
         if attn_metadata is None:  # profiling
             return output.zero_()
         m = attn_metadata
-        n = m.num_actual_tokens
-        self.ops.attend(
-            query[:n],
-            output[:n],
+        route = self.prefill_route
+        plan = None if route is None or key is None or value is None else m.plans.get(route.plan_key)
+        # A captured graph is replayed for other batches than the one that was planned: `attend` reads lengths from device memory.
+        if plan is None or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._attend(query, kv_cache, m, m.num_actual_tokens, len(m.seq_lens), m.max_query_len, output)
+            return output
+        if m.num_decodes > 0:
+            self._attend(query, kv_cache, m, m.num_decode_tokens, m.num_decodes, m.max_decode_query_len, output)
+        route.run(
+            plan,
+            query,
+            key,
+            value,
             pages(kv_cache),
-            m.query_start_loc,
-            m.seq_lens,
+            m.block_table,
+            m.block_size,
+            self.kernel_sinks,
+            m.workspace,
+            output,
+        )
+        return output
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        m: TurboQuantMetadata,
+        num_tokens: int,
+        num_seqs: int,
+        max_query_len: int,
+        output: torch.Tensor,
+    ) -> None:
+        """The first num_seqs sequences of the batch, which are its first num_tokens rows."""
+        self.ops.attend(
+            query[:num_tokens],
+            output[:num_tokens],
+            pages(kv_cache),
+            m.query_start_loc[: num_seqs + 1],
+            m.seq_lens[:num_seqs],
             m.block_table,
             self.format_id,
             m.block_size,
@@ -125,6 +160,5 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self.alibi_slopes,
             None,
             m.workspace,
-            m.max_query_len,
+            max_query_len,
         )
-        return output

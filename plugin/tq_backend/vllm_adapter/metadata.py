@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +16,19 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from tq_backend._library import device_index, native, torch_ops
-from tq_backend.vllm_adapter import formats
+from tq_backend.vllm_adapter import formats, prefill
+from tq_backend.vllm_adapter.options import read_options
+from tq_backend.vllm_adapter.prefill_plan import Geometry, Limits, Plan, limits_of, make_plan, workspace_size
 
 logger = logging.getLogger("vllm.tq_backend")
+
+
+# Query tokens up to which a sequence's chunk is always read from pages, by `attend`'s decode kernel: decodes, and the verification
+# of drafts.
+MAX_DECODE_QUERY_LEN = 16
 
 
 @dataclass
@@ -33,6 +42,12 @@ class TurboQuantMetadata(AttentionMetadata):
     causal: bool
     max_query_len: int  # upper bound over the batch, or over all batches that a captured graph may be replayed for
     workspace: torch.Tensor  # uint8
+    # The prefill route's plans for the sequences behind the first num_decodes, by PrefillRoute.plan_key; empty if there are none,
+    # or if `attend` is to serve the whole batch.
+    plans: dict[tuple[int, Limits], Plan] = field(default_factory=dict)
+    num_decodes: int = 0
+    num_decode_tokens: int = 0
+    max_decode_query_len: int = 0
 
 
 def check_shared_caches(layers: dict[str, Any]) -> None:
@@ -65,8 +80,9 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         scheduler = vllm_config.scheduler_config
-        needed = 0
-        for impl in {id(layer.impl): layer.impl for layer in layers.values()}.values():
+        impls = list({id(layer.impl): layer.impl for layer in layers.values()}.values())
+        needed = self._route_prefill(impls)
+        for impl in impls:
             impl.per_head_floats(device)
             size = torch_ops().workspace_size(
                 impl.num_heads,
@@ -92,6 +108,39 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             kv_cache_spec.block_size,
         )
 
+    def _route_prefill(self, impls: list[Any]) -> int:
+        """Gives the layers that may have one a prefill route. Returns the bytes of workspace that the routes need."""
+        needed = 0
+        self.plan_keys: set[tuple[int, Limits]] = set()
+        current = read_options(self.vllm_config.additional_config).current
+        if (current or ("compressed" if self.device.type == "cpu" else "raw")) == "compressed":
+            return needed
+        reasons = set()
+        for impl in impls:
+            geometry = Geometry(
+                impl.num_heads, impl.num_kv_heads, impl.head_size, impl.head_size_v, self.vllm_config.model_config.dtype,
+                impl.sliding_window,
+            )  # fmt: skip
+            reason = prefill.unserved(geometry, self.device, impl.logits_soft_cap, impl.alibi_slopes is not None)
+            if reason is not None:
+                reasons.add(reason)
+                continue
+            limits = limits_of(geometry, self.vllm_config.scheduler_config.max_num_batched_tokens)
+            needed = max(needed, workspace_size(geometry, limits))
+            impl.prefill_route = prefill.PrefillRoute(
+                torch_ops(), impl.format_id, formats.rotates_keys(impl.kv_cache_dtype), geometry, limits, impl.scale,
+                prefill.flash_attention_3(), prefill.vllm_merge(),
+            )  # fmt: skip
+            self.plan_keys.add(impl.prefill_route.plan_key)
+        for reason in sorted(reasons):
+            logger.warning(
+                "TURBOQUANT prefills by its own kernel, which reads the current chunk from pages: %s", reason
+            )
+        # The runner then puts sequences with few query tokens first.
+        if self.plan_keys and hasattr(self, "_init_reorder_batch_threshold"):
+            self._init_reorder_batch_threshold(MAX_DECODE_QUERY_LEN, supports_spec_as_decode=True)
+        return needed
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TurboQuantMetadata:
@@ -101,7 +150,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             raise NotImplementedError(
                 "TURBOQUANT takes one causal flag for the whole batch; this batch mixes causal and bidirectional requests"
             )
-        return TurboQuantMetadata(
+        metadata = TurboQuantMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
@@ -112,3 +161,34 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             max_query_len=common.max_query_len,
             workspace=self._workspaces[self.device],
         )
+        if causal and self.plan_keys:
+            plan_prefill(metadata, common, self.plan_keys, self.reorder_batch_threshold or 1)
+        return metadata
+
+
+def plan_prefill(
+    metadata: TurboQuantMetadata,
+    common: CommonAttentionMetadata,
+    plan_keys: set[tuple[int, Limits]],
+    max_decode_query_len: int,
+) -> None:
+    """Splits a batch, whose decodes come first, and plans its prefills: from lengths on the host, without waiting for the device."""
+    seq_lens = getattr(common, "seq_lens_cpu_upper_bound", None)  # exact where a sequence prefills
+    if seq_lens is None or common.num_reqs == 0:
+        return
+    decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=max_decode_query_len)
+    if prefills == 0:
+        return
+    start = common.query_start_loc_cpu.tolist()
+    lens = seq_lens[decodes : decodes + prefills].tolist()
+    counts = [end - begin for begin, end in itertools.pairwise(start)]
+    if any(0 < n <= max_decode_query_len and n < length for n, length in zip(counts[decodes:], lens, strict=True)):
+        return  # the runner did not put decodes first; the host may not know how many of their drafts were accepted
+    plans = {}
+    for window, limits in plan_keys:
+        plan = make_plan(start[decodes:], lens, decodes, window, limits, metadata.query_start_loc.device)
+        if plan is not None:
+            plans[window, limits] = plan
+    metadata.plans = plans
+    metadata.num_decodes, metadata.num_decode_tokens = decodes, decode_tokens
+    metadata.max_decode_query_len = max(counts[:decodes], default=0)

@@ -6,13 +6,16 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-KEYS = ("skip_layers",)
+KEYS = ("skip_layers", "current")
+CURRENT = ("raw", "compressed")
 
 
 @dataclass(frozen=True)
 class Options:
     # Layers that keep the native cache; None leaves vLLM's choice (the first and last two of a dense model).
     skip_layers: tuple[str, ...] | None = None
+    # How a prefill reads its own chunk: "raw", as it came, or "compressed", from pages. None: raw on GPUs, compressed on CPUs.
+    current: str | None = None
 
 
 def read_options(additional_config: Any) -> Options:
@@ -24,11 +27,14 @@ def read_options(additional_config: Any) -> Options:
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.0)
             raise ValueError(f"additional_config['turboquant'] has the unknown key {key!r}; did you mean {near[0]!r}?")
+    current = given.get("current")
+    if current is not None and current not in CURRENT:
+        raise ValueError(f"additional_config['turboquant']['current'] is {current!r}; it must be one of {CURRENT}")
     skip = given.get("skip_layers")
     if skip is None:
-        return Options()
+        return Options(current=current)
     if not isinstance(skip, list) or not all(isinstance(x, int | str) for x in skip):
         raise ValueError(
             f"additional_config['turboquant']['skip_layers'] is {skip!r}; it must be a list of layer numbers or layer kinds"
         )
-    return Options(skip_layers=tuple(str(x) for x in skip))
+    return Options(skip_layers=tuple(str(x) for x in skip), current=current)
