@@ -1,4 +1,7 @@
-"""`--additional-config '{"turboquant": {...}}'`: what has no flag of its own."""
+"""`--additional-config '{"turboquant": {...}}'`: what has no flag of its own.
+
+The formats of keys and values are no option here: a cache dtype's name fixes both, and with them the bytes that vLLM plans for.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-KEYS = ("skip_layers",)
+KEYS = ("skip_layers", "strict")
 
 
 @dataclass(frozen=True)
 class Options:
     # Layers that keep the native cache; None leaves vLLM's choice (the first and last two of a dense model).
     skip_layers: tuple[str, ...] | None = None
+    # An error instead of a warning line where TurboQuant was asked for and something else would run.
+    strict: bool = False
 
 
 def read_options(additional_config: Any) -> Options:
@@ -24,11 +29,14 @@ def read_options(additional_config: Any) -> Options:
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.0)
             raise ValueError(f"additional_config['turboquant'] has the unknown key {key!r}; did you mean {near[0]!r}?")
+    strict = given.get("strict", False)
+    if not isinstance(strict, bool):
+        raise ValueError(f"additional_config['turboquant']['strict'] is {strict!r}; it must be true or false")
     skip = given.get("skip_layers")
     if skip is None:
-        return Options()
-    if not isinstance(skip, list) or not all(isinstance(x, int | str) for x in skip):
+        return Options(strict=strict)
+    if not isinstance(skip, list) or not all(isinstance(x, int | str) and not isinstance(x, bool) for x in skip):
         raise ValueError(
             f"additional_config['turboquant']['skip_layers'] is {skip!r}; it must be a list of layer numbers or layer kinds"
         )
-    return Options(skip_layers=tuple(str(x) for x in skip))
+    return Options(skip_layers=tuple(str(x) for x in skip), strict=strict)

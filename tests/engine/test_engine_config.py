@@ -1,0 +1,145 @@
+"""What an engine with a turboquant_* cache may be, what its configuration becomes, and who else hooks into it.
+
+The wrapped create_engine_config runs on the real EngineArgs; what only a GPU or a cluster would meet gets configuration objects.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from engines import MODEL
+from tq_backend.register import register
+from tq_backend.vllm_adapter import conflicts, engine_config, patches
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+DTYPE = "turboquant_4bit_nc"
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register()
+
+
+def made(**flags):
+    flags = {"kv_cache_dtype": DTYPE, "attention_backend": "TURBOQUANT"} | flags
+    return EngineArgs(model=str(MODEL), **flags).create_engine_config()
+
+
+def test_an_explicit_flag_is_a_choice_per_layer_and_forces_no_flash_attention():
+    config = made()
+    assert config.attention_config.backend is None
+    assert config.attention_config.flash_attn_version is None
+    assert config.cache_config.kv_cache_dtype_skip_layers == ["0", "1", "4", "5"]
+    assert made(attention_config={"flash_attn_version": 2}).attention_config.flash_attn_version == 2
+
+
+def test_skip_layers_replace_vllms_choice():
+    config = made(additional_config={"turboquant": {"skip_layers": [3]}})
+    assert config.cache_config.kv_cache_dtype_skip_layers == ["3"]
+
+
+def test_an_engine_without_a_compressed_cache_is_left_alone(monkeypatch):
+    monkeypatch.setattr(patches, "declined", ["a reason"])
+    config = made(
+        kv_cache_dtype="auto", attention_backend="CPU_ATTN", additional_config={"turboquant": {"strict": True}}
+    )
+    assert config.attention_config.backend == AttentionBackendEnum.CPU_ATTN
+
+
+def test_the_wrap_is_made_once():
+    before = EngineArgs.create_engine_config
+    register()
+    assert EngineArgs.create_engine_config is before
+
+
+def test_strict_turns_a_decline_into_an_error(monkeypatch):
+    monkeypatch.setattr(patches, "declined", ["the kernels are not usable"])
+    with pytest.raises(ValueError, match="strict: the kernels are not usable"):
+        made(additional_config={"turboquant": {"strict": True}})
+    # vLLM's own meaning of the flags, with what it forces.
+    assert made().attention_config.flash_attn_version == 2
+
+
+def test_a_class_that_took_our_place_is_noticed(monkeypatch):
+    monkeypatch.setattr(AttentionBackendEnum, "get_path", lambda self, *_: "other.Backend")
+    with pytest.raises(ValueError, match=r"stands for other\.Backend"):
+        made(additional_config={"turboquant": {"strict": True}})
+
+
+def refused(**changes):
+    model = SimpleNamespace(
+        use_mla=False, is_encoder_decoder=False, get_total_num_kv_heads=lambda: changes.get("heads", 8)
+    )
+    model.__dict__.update({k: v for k, v in changes.items() if k in model.__dict__})
+    parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1, tensor_parallel_size=1)
+    parallel.__dict__.update({k: v for k, v in changes.items() if k in parallel.__dict__})
+    return engine_config.refusal(
+        SimpleNamespace(model_config=model, parallel_config=parallel, cache_config=SimpleNamespace(cache_dtype=DTYPE))
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_mla": True}, "MLA attention"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size is 2"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size is 2"),
+        ({"heads": 6, "tensor_parallel_size": 4}, "6 KV heads cannot be divided among tensor_parallel_size 4"),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, dict) else "",
+)
+def test_what_is_not_served_is_refused_before_a_model_is_loaded(changes, words):
+    assert words in refused(**changes)
+
+
+def test_heads_that_divide_or_are_repeated_are_served():
+    for heads, ranks in ((8, 1), (8, 4), (2, 4)):
+        assert refused(heads=heads, tensor_parallel_size=ranks) is None
+
+
+def test_another_platform_is_refused(monkeypatch):
+    from vllm import platforms
+
+    other = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: False, device_name="xpu")
+    monkeypatch.setattr(platforms, "_current_platform", other)
+    assert "no kernels for xpu" in refused()
+
+
+OTHER_PLUGIN = "def register():\n    from vllm import a_name_that_is_gone\n"
+
+
+def test_another_plugin_is_named_before_it_brings_the_engine_down(tmp_path):
+    """As turboquant-vllm 1.5.0 does with vLLM 0.33: its entry point raises, and vLLM does not catch that."""
+    info = tmp_path / "turboquant_vllm-1.5.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: turboquant-vllm\nVersion: 1.5.0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nturboquant = other_turboquant:register\n")
+    (tmp_path / "other_turboquant.py").write_text(OTHER_PLUGIN)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = f"from vllm.engine.arg_utils import EngineArgs; EngineArgs(model={str(MODEL)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and "a_name_that_is_gone" in said, said
+    named = said.find("turboquant-vllm 1.5.0 also hooks TurboQuant into vLLM")
+    assert 0 <= named < said.find("Traceback"), said
+    assert "pip uninstall turboquant-vllm" in said
+    assert conflicts.competitors() == []
+
+
+def test_a_question_of_a_newer_engine_is_passed_over():
+    import torch
+    from tq_backend.vllm_adapter.backend import TurboQuantBackend
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    config = AttentionSelectorConfig(128, torch.bfloat16, DTYPE, None)._asdict()
+    capability = DeviceCapability(9, 0)
+    assert TurboQuantBackend.validate_configuration(device_capability=capability, **config, tq_slot_size=134) == []
