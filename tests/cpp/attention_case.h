@@ -73,6 +73,7 @@ struct Config {
   float soft_cap = 0;
   bool sinks = false, alibi = false;
   int max_spans = 0;  // bidirectional spans of each sequence
+  float query_scale = 2.0f, value_mean = 0.3f;
 
   std::string describe() const {
     std::string s = std::string(format->name) + " dtype " + std::to_string(static_cast<int>(dtype)) + " heads " +
@@ -112,7 +113,7 @@ class Case {
       for (int64_t i = 0; i < count; ++i) from_float(c.dtype, bytes.data(), i, normal(rng) * scale);
       return bytes;
     };
-    query = noise(int64_t{start.back()} * c.num_heads * c.head_dim, 2.0f);
+    query = noise(int64_t{start.back()} * c.num_heads * c.head_dim, c.query_scale);
     out.assign(static_cast<size_t>(start.back()) * c.num_heads * c.head_dim_v * dtype_bytes(c.dtype), 0xff);
     lse.assign(static_cast<size_t>(start.back()) * c.num_heads, std::numeric_limits<float>::quiet_NaN());
     for (int h = 0; h < c.num_heads; ++h) {
@@ -133,7 +134,7 @@ class Case {
       for (int t = 0; t < c.seq_lens[s]; ++t) {
         for (int h = 0; h < c.num_kv_heads; ++h) {
           for (float& x : key) x = normal(rng);
-          for (float& x : value) x = normal(rng) + 0.3f;
+          for (float& x : value) x = normal(rng) + c.value_mean;
           reference_store<float>(*c.format, layout, page(s, t), h, t % c.block_size, key.data(), value.data());
         }
       }

@@ -19,7 +19,8 @@ DecodeInstance decode_instance() {
           C::kAtoms,
           C::kWarps,
           C::kDumpPitch,
-          decode_warp_bytes<C>()};
+          QueryArea<C>::kBytes,
+          C::kQueryVectors};
 }
 
 // Head dimensions with instances of their own, for up to 8 and up to 16 query columns; then one for each range of the

@@ -56,26 +56,47 @@ struct Combined {
   TQ_DEVICE void gather(int count, int lane, const Source& source) {
     auto load = [](const float* x) { return kRemote ? __ldcg(x) : *x; };
     reference = -INFINITY;
-    for (int i = lane; i < count; i += 32) reference = fmaxf(reference, load(source(i) + C::kDim));
-    reference = reduce_row<32>(reference, [](float a, float b) { return fmaxf(a, b); });
     sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) out[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      const float* from = source(i);
-      const float f = exp2_approx(load(from + C::kDim) - reference);
-      sum = fmaf(f, load(from + C::kDim + 1), sum);
+    for (int base = 0; base < count; base += 32) {
+      // Lane i weighs column base + i; the weights go round by shuffles, so that the loads of outputs wait for nothing.
+      const bool mine = base + lane < count;
+      const float* from = source(min(base + lane, count - 1));
+      const float r = mine ? load(from + C::kDim) : -INFINITY;
+      const float s = load(from + C::kDim + 1);
+      const float before = reference;
+      reference = fmaxf(reference, reduce_row<32>(r, [](float a, float b) { return fmaxf(a, b); }));
+      const float kept = exp2_approx(before - reference), weight = exp2_approx(r - reference);
+      sum = fmaf(sum, kept, reduce_row<32>(mine ? weight * s : 0.0f, [](float a, float b) { return a + b; }));
 #pragma unroll
-      for (int k = 0; k < kChunks; ++k) {
-        if (!holds(k, lane)) continue;
-        const auto* at = reinterpret_cast<const float4*>(from + 128 * k + 4 * lane);
-        const float4 x = kRemote ? __ldcg(at) : *at;
-        out[k].x = fmaf(f, x.x, out[k].x);
-        out[k].y = fmaf(f, x.y, out[k].y);
-        out[k].z = fmaf(f, x.z, out[k].z);
-        out[k].w = fmaf(f, x.w, out[k].w);
+      for (int k = 0; k < kChunks; ++k) out[k].x *= kept, out[k].y *= kept, out[k].z *= kept, out[k].w *= kept;
+      const int n = min(32, count - base);
+#pragma unroll(kRemote ? 4 : 2)
+      for (int i = 0; i < n; ++i) {
+        const float f = __shfl_sync(kFullMask, weight, i);
+        const float* column = source(base + i);
+#pragma unroll
+        for (int k = 0; k < kChunks; ++k) {
+          if (!holds(k, lane)) continue;
+          const auto* at = reinterpret_cast<const float4*>(column + 128 * k + 4 * lane);
+          const float4 x = kRemote ? __ldcg(at) : *at;
+          out[k].x = fmaf(f, x.x, out[k].x);
+          out[k].y = fmaf(f, x.y, out[k].y);
+          out[k].z = fmaf(f, x.z, out[k].z);
+          out[k].w = fmaf(f, x.w, out[k].w);
+        }
       }
+    }
+  }
+
+  // One column as it was dumped.
+  TQ_DEVICE void read(const float* column, int lane) {
+    reference = column[C::kDim];
+    sum = column[C::kDim + 1];
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      if (holds(k, lane)) out[k] = *reinterpret_cast<const float4*>(column + 128 * k + 4 * lane);
     }
   }
 
@@ -104,7 +125,7 @@ struct Combined {
       sum = fmaf(sum, f, exp2_approx(sink - higher));
       reference = higher;
     }
-    const float scale = sum == 0.0f ? 0.0f : f / sum;
+    const float scale = sum == 0.0f ? 0.0f : __fdividef(f, sum);
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
       const int d = 128 * k + 4 * lane;
@@ -113,7 +134,7 @@ struct Combined {
       store_4(a.dtype, a.out, token * a.out_token_stride + head * a.out_head_stride + d, x, p.vector_out);
     }
     if (a.lse != nullptr && lane == 0) {
-      a.lse[token * a.num_heads + head] = sum == 0.0f ? -INFINITY : kLn2 * (reference + log2f(sum));
+      a.lse[token * a.num_heads + head] = sum == 0.0f ? -INFINITY : kLn2 * (reference + log2_approx(sum));
     }
   }
 };
@@ -135,17 +156,9 @@ TQ_DEVICE void merge_row(const DecodeParams& p, const OpenRow& open, int quota, 
     return p.partial + ((owner + c) * 2 + (c == 0 ? 1 : 0)) * int64_t{kDumpFloats} + n * C::kDumpPitch;
   };
   const int parts = max(1, min(warps / open.row.columns, (count + 3) / 4));
-  if (parts == 1) {
-    for (int n = warp; n < open.row.columns; n += warps) {
-      Combined<C> c;
-      c.template gather<true>(count, lane, [&](int i) { return source(i, n); });
-      c.finish(p, open.row, n, lane);
-    }
-    return;
-  }
-  // Several warps share a column: part k takes contributors k, k + parts, ...
+  // Several warps may share a column: part k takes contributors k, k + parts, ...
   auto* stage = reinterpret_cast<float*>(smem);
-  if (warp < parts * open.row.columns) {
+  if (parts > 1 && warp < parts * open.row.columns) {
     const int n = warp / parts, k = warp % parts;
     Combined<C> c;
     c.template gather<true>((count - k + parts - 1) / parts, lane, [&](int i) { return source(k + i * parts, n); });
@@ -154,7 +167,11 @@ TQ_DEVICE void merge_row(const DecodeParams& p, const OpenRow& open, int quota, 
   __syncthreads();
   for (int n = warp; n < open.row.columns; n += warps) {
     Combined<C> c;
-    c.template gather<false>(parts, lane, [&](int i) { return stage + (n * parts + i) * C::kDumpPitch; });
+    if (parts > 1) {
+      c.template gather<false>(parts, lane, [&](int i) { return stage + (n * parts + i) * C::kDumpPitch; });
+    } else {
+      c.template gather<true>(count, lane, [&](int i) { return source(i, n); });
+    }
     c.finish(p, open.row, n, lane);
   }
   __syncthreads();
@@ -167,38 +184,44 @@ TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8
   __shared__ OpenRow open[2];
   if (threadIdx.x < 2) open[threadIdx.x].begin = -1;
   __syncthreads();
+  // Groups of warps that hold parts of one row: first the row that began in an earlier CTA and ended in warp 0, then
+  // those that were under way at the end of a warp's stretch. Their columns are dealt out to the warps in turn.
+  const int last = lane < warps ? fragments[lane].last : -1, first = lane < warps ? fragments[lane].first : -1;
+  const int before = __shfl_up_sync(kFullMask, last, 1);
+  unsigned leaders = __ballot_sync(kFullMask, last >= 0 && (lane == 0 || before != last));
+  bool leading_tail = fragments[0].first >= 0;
   int task = 0;
-  for (int g = -1; g < warps; ++g) {
-    int begin, end, members = 0;
-    OutputRow row;
-    if (g < 0) {
-      if (fragments[0].first < 0) continue;
-      begin = fragments[0].first, end = fragments[0].first_end, row = fragments[0].first_row;
-    } else {
-      if (fragments[g].last < 0 || (g > 0 && fragments[g - 1].last == fragments[g].last)) continue;
-      begin = fragments[g].last, end = fragments[g].last_end, row = fragments[g].last_row;
-      while (g + members < warps && fragments[g + members].last == begin) ++members;
-    }
-    const int tail = g + members + (g < 0 ? 1 : 0);  // the warp in which the row may have ended
-    const bool has_tail = tail < warps && fragments[tail].first == begin;
-    const float* tail_dump = first_dump<C>(p, warps, tail);
+  while (leading_tail || leaders != 0) {
+    const int g = leading_tail ? 0 : __ffs(leaders) - 1;
+    const Fragment& of = fragments[g];
+    const int begin = leading_tail ? of.first : of.last, end = leading_tail ? of.first_end : of.last_end;
+    const OutputRow row = leading_tail ? of.first_row : of.last_row;
+    const int members = __popc(__ballot_sync(kFullMask, last == begin));
+    const unsigned tail = __ballot_sync(kFullMask, first == begin);  // the warp in which the row ended
+    const float* tail_dump = first_dump<C>(p, warps, tail != 0 ? __ffs(tail) - 1 : 0);
     const bool complete = begin >= cta_begin && end <= cta_end;
     const int slot = begin < cta_begin ? 0 : 1;
-    for (int n = 0; n < row.columns; ++n) {
-      if (task++ % warps != warp) continue;
+    int n = warp - task % warps;
+    for (n = n < 0 ? n + warps : n; n < row.columns; n += warps) {
       auto source = [&](int i) {
         const float* dump = i < members ? reinterpret_cast<const float*>(smem + (g + i) * ring_bytes) : tail_dump;
         return dump + n * C::kDumpPitch;
       };
       Combined<C> c;
-      c.template gather<false>(members + (has_tail ? 1 : 0), lane, source);
+      c.template gather<false>(members + (tail != 0 ? 1 : 0), lane, source);
       if (complete) {
         c.finish(p, row, n, lane);
       } else {
         c.write(p.partial + (blockIdx.x * 2 + slot) * int64_t{kDumpFloats} + n * C::kDumpPitch, lane);
       }
     }
+    task += row.columns;
     if (!complete && threadIdx.x == 0) open[slot] = {begin, end, row};
+    if (leading_tail) {
+      leading_tail = false;
+    } else {
+      leaders &= leaders - 1;
+    }
   }
   __shared__ bool arrived_last[2];
   __threadfence();

@@ -39,6 +39,10 @@ namespace cuda {
 constexpr int kUnimplemented = 12, kInternal = 13, kUnavailable = 14, kResourceExhausted = 8;  // TqCode
 
 KernelStatus status_of(cudaError_t error, const char* what);
+// One sentence; format has one %s, for detail.
+KernelStatus unavailable(const char* format, const char* detail);
+// KernelApi::probe.
+KernelStatus probe();
 // Raises a kernel's limit of dynamic shared memory, once.
 KernelStatus prepare(DeviceState* state, const void* function, int shared_bytes);
 // After a launch: its own error, and with TQ_SYNC=1 the kernel's.

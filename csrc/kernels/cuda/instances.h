@@ -14,8 +14,9 @@ struct DecodeInstance {
   int columns;  // query columns of a row
   int atoms;    // of a tile
   int max_warps;
-  int dump_pitch;  // floats of a column of a partial result
-  int warp_bytes;  // of shared memory, its ring apart
+  int dump_pitch;     // floats of a column of a partial result
+  int query_bytes;    // of shared memory, of a prepared row
+  int query_vectors;  // that a warp prepares at once
 };
 
 struct PrefillInstance {

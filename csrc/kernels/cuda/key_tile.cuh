@@ -18,10 +18,6 @@ namespace tq::cuda {
 TQ_DEVICE int token_parity(int r) { return (r ^ (r >> 1)) & 1; }
 TQ_DEVICE int token_row(int r, bool upper) { return 2 * r + (token_parity(r) ^ (upper ? 1 : 0)); }
 
-// 2^23 * 1.5: an integer n added to its bits is the float with n added to its value, for |n| < 2^22.
-constexpr int kFloatMagicBits = 0x4B400000;
-constexpr float kFloatMagic = 12582912.0f;
-
 // Query columns in shared memory, one row each: Lloyd-Max keys take two planes of signed bytes, q = (hi + lo / 256) *
 // unit, FP8 keys fp16. kDim elements, zero beyond the head dimension; the pitch avoids bank conflicts.
 template <class F, int kDim>
@@ -36,8 +32,8 @@ struct QueryRow {
 // What scales and centres the scores of a lane's two columns of each column tile.
 template <int NT>
 struct QueryScale {
-  float unit[NT][2];   // times sum of (level * plane values) = score in log2 units
-  int bias[NT][2][2];  // start of the accumulators of the two planes
+  float unit[NT][2];  // times sum of (level * (256 hi + lo)) * norm / 256 = score in log2 units
+  int bias[NT][2];    // takes off what the levels' offset adds to the sum
 };
 
 template <class F, int kDim, bool kExact>
@@ -67,6 +63,11 @@ struct KeyTile {
     return *reinterpret_cast<const uint2*>(row + plane * QueryRow<F, kDim>::kPlaneBytes + query_offset(step, t));
   }
 
+  // Where lane (r, t) begins to read in an atom: the row of its token, and its own words of it where they lie evenly.
+  TQ_DEVICE static int offset(const Shape& shape, int r, int t, bool upper) {
+    return token_row(r, upper) * shape.key_row_bytes() + (F::kKeyBits == 3 ? 0 : 4 * kWordsPerLoad * t);
+  }
+
   // The packed words of one key row that lane t needs, kSteps of them.
   TQ_DEVICE static void load(const Shape& shape, const uint8_t* row, int t, uint32_t (&w)[kSteps]) {
     if constexpr (F::kKeyBits == 3) {
@@ -87,7 +88,7 @@ struct KeyTile {
     } else {
 #pragma unroll
       for (int j = 0; j < kSteps / kWordsPerLoad; ++j) {
-        const uint8_t* p = row + (j * 4 + t) * 4 * kWordsPerLoad;
+        const uint8_t* p = row + j * 16 * kWordsPerLoad;
         if constexpr (kWordsPerLoad == 4) {
           const uint4 v = *reinterpret_cast<const uint4*>(p);
           w[4 * j] = v.x, w[4 * j + 1] = v.y, w[4 * j + 2] = v.z, w[4 * j + 3] = v.w;
@@ -102,23 +103,17 @@ struct KeyTile {
   }
 
   // s[nt][0..3]: scores, in units of QueryScale::unit, of token_row(r, false) for columns 2t and 2t + 1 and of
-  // token_row(r, true). query(nt, plane, step) gives the two B registers.
+  // token_row(r, true). lower, upper: the atom at this lane's offset(); norms: two of fp16, of this lane's tokens,
+  // which the byte selector swap puts in order. query(nt, plane, step) gives the two B registers.
   template <int NT, class Query>
-  TQ_DEVICE static void scores(const Shape& shape, const DeviceBook& book, const uint8_t* atom, int r, int t,
-                               const QueryScale<NT>& q, const Query& query, float (&s)[NT][4]) {
+  TQ_DEVICE static void scores(const Shape& shape, const DeviceBook& book, const uint8_t* lower, const uint8_t* upper,
+                               const uint8_t* norms, uint32_t swap, int t, const QueryScale<NT>& q, const Query& query,
+                               float (&s)[NT][4]) {
     uint32_t w0[kSteps], w1[kSteps];
-    load(shape, atom + token_row(r, false) * shape.key_row_bytes(), t, w0);
-    load(shape, atom + token_row(r, true) * shape.key_row_bytes(), t, w1);
+    load(shape, lower, t, w0);
+    load(shape, upper, t, w1);
     if constexpr (kIsInt8) {
       int hi[NT][4], lo[NT][4];
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          hi[nt][j] = q.bias[nt][0][j & 1];
-          lo[nt][j] = q.bias[nt][1][j & 1];
-        }
-      }
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         uint32_t a0, a1, a2, a3;
@@ -126,22 +121,24 @@ struct KeyTile {
         levels_of_nibbles<F::kKeyBits>(book, w1[k], a1, a3);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
+          const int none[4] = {0, 0, 0, 0};
+          const int bias[4] = {q.bias[nt][0], q.bias[nt][1], q.bias[nt][0], q.bias[nt][1]};
           const uint2 b = query(nt, 0, k);
-          mma_u8s8(hi[nt], a0, a1, a2, a3, b.x, b.y);
+          mma_u8s8(hi[nt], a0, a1, a2, a3, b.x, b.y, k == 0 ? none : hi[nt]);
           const uint2 c = query(nt, 1, k);
-          mma_u8s8(lo[nt], a0, a1, a2, a3, c.x, c.y);
+          mma_u8s8(lo[nt], a0, a1, a2, a3, c.x, c.y, k == 0 ? bias : lo[nt]);
         }
       }
-      uint32_t norms = *reinterpret_cast<const uint32_t*>(atom + shape.norm_offset() + 4 * r);
-      norms = byte_permute(norms, norms, token_parity(r) ? 0x1032 : 0x3210);
-      const float2 norm = unpack_half2(norms);
+      uint32_t both = *reinterpret_cast<const uint32_t*>(norms);
+      both = byte_permute(both, both, swap);
+      const float2 norm = unpack_half2(both);
+      const float2 factor = make_float2(norm.x * (1.0f / 256.0f), norm.y * (1.0f / 256.0f));
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float high = __int_as_float(hi[nt][j]) - kFloatMagic;
-          const float sum = fmaf(__int_as_float(lo[nt][j]) - kFloatMagic, 1.0f / 256.0f, high);
-          s[nt][j] = sum * (j < 2 ? norm.x : norm.y);
+          // Exact: levels within 63, planes within 127 and 512 dimensions keep the sum below 2^30.
+          s[nt][j] = static_cast<float>(256 * hi[nt][j] + lo[nt][j]) * (j < 2 ? factor.x : factor.y);
         }
       }
     } else {

@@ -51,7 +51,8 @@ DecodeShape decode_shape(const DeviceState& state, const DecodeInstance& i, int 
   const int most = state.bulk_copies ? 6 : 3;  // without bulk copies a ring waits for at most two tiles ahead
   auto bytes = [&](int warps, int slots) {
     const int ring = (std::max(slots * tile, dump) + 127) / 128 * 128;
-    return warps * (ring + i.warp_bytes + 8 * slots);
+    const int rows = warps + warps * i.query_vectors / i.columns;
+    return warps * (ring + 8 * slots) + rows * i.query_bytes;
   };
   for (int warps = i.max_warps; warps >= 1; warps = warps > 4 ? warps - 4 : warps / 2) {
     for (int slots = most; slots >= 2; --slots) {

@@ -26,7 +26,7 @@ struct DecodeParams {
 
 struct Sequence {
   int q_start, q_len, len;
-  int first;  // first token of the first tile, a multiple of 16
+  int first;  // first token of the first tile, a multiple of a tile's
   int tiles;  // of one row
   int rows;   // KV heads * column tiles
 };
@@ -43,7 +43,9 @@ TQ_DEVICE Sequence read_sequence(const DecodeParams& p, int s) {
     q.q_len = 0;
     return q;
   }
-  if (a.sliding_window > 0 && a.spans == nullptr) q.first = max(0, q.len - q.q_len - a.sliding_window + 1) & ~15;
+  if (a.sliding_window > 0 && a.spans == nullptr) {
+    q.first = max(0, q.len - q.q_len - a.sliding_window + 1) / kTileTokens * kTileTokens;
+  }
   q.tiles = max(1, (q.len - q.first + kTileTokens - 1) / kTileTokens);
   const int columns = q.q_len * (a.num_heads / a.cache.layout.num_kv_heads);
   q.rows = a.cache.layout.num_kv_heads * ((columns + kColumns - 1) / kColumns);
@@ -58,39 +60,52 @@ struct Cursor {
 
 template <int kTileTokens, int kColumns>
 struct Schedule {
-  // Tiles of the whole launch.
-  TQ_DEVICE static int total(const DecodeParams& p, int lane) {
+  Sequence first;  // sequence `lane`
+  int first_end;   // tiles of sequences 0 to `lane`
+  int total;       // tiles of the whole launch
+
+  TQ_DEVICE Schedule(const DecodeParams& p, int lane) {
+    first = read_sequence<kTileTokens, kColumns>(p, lane);
+    first_end = running_sum(first.tiles * first.rows, lane);
+    total = __shfl_sync(kFullMask, first_end, 31);
     int sum = 0;
-    for (int s = lane; s < p.attend.num_seqs; s += 32) {
+    for (int s = lane + 32; s < p.attend.num_seqs; s += 32) {
       const Sequence q = read_sequence<kTileTokens, kColumns>(p, s);
       sum += q.tiles * q.rows;
     }
-    return reduce_row<32>(sum, [](int a, int b) { return a + b; });
+    if (p.attend.num_seqs > 32) total += reduce_row<32>(sum, [](int a, int b) { return a + b; });
+  }
+
+  TQ_DEVICE static int running_sum(int x, int lane) {
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+      const int below = __shfl_up_sync(kFullMask, x, o);
+      if (lane >= o) x += below;
+    }
+    return x;
   }
 
   // The cursor at tile `target` of the line, which exists.
-  TQ_DEVICE static Cursor find(const DecodeParams& p, int target, int lane) {
+  TQ_DEVICE Cursor find(const DecodeParams& p, int target, int lane) const {
+    Sequence q = first;
+    int end = first_end;
     for (int base = 0;; base += 32) {
-      const Sequence q = read_sequence<kTileTokens, kColumns>(p, base + lane);
-      const int work = q.tiles * q.rows;
-      int end = work;
-#pragma unroll
-      for (int o = 1; o < 32; o <<= 1) {
-        const int below = __shfl_up_sync(kFullMask, end, o);
-        if (lane >= o) end += below;
-      }
       const unsigned past = __ballot_sync(kFullMask, end > target);
       if (past != 0) {
         const int owner = __ffs(past) - 1;
-        const int offset = target - __shfl_sync(kFullMask, end - work, owner);
+        auto of_owner = [owner](int x) { return __shfl_sync(kFullMask, x, owner); };
         Cursor c;
         c.seq = base + owner;
-        c.q = read_sequence<kTileTokens, kColumns>(p, c.seq);
+        c.q = {of_owner(q.q_start), of_owner(q.q_len), of_owner(q.len),
+               of_owner(q.first),   of_owner(q.tiles), of_owner(q.rows)};
+        const int offset = target - of_owner(end - q.tiles * q.rows);
         c.row = offset / c.q.tiles;
         c.tile = offset - c.row * c.q.tiles;
         return c;
       }
       target -= __shfl_sync(kFullMask, end, 31);
+      q = read_sequence<kTileTokens, kColumns>(p, base + 32 + lane);
+      end = running_sum(q.tiles * q.rows, lane);
     }
   }
 

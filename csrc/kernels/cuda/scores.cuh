@@ -16,8 +16,8 @@ TQ_DEVICE float modify_score(float x, float soft_cap, float slope, int distance)
   if (soft_cap > 0.0f) {
     const float cap = soft_cap * kLog2e;
     // cap * tanh(x / cap), through exp2; saturates without overflow
-    const float e = exp2_approx(fminf(fmaxf(2.0f * kLog2e * (x / cap), -60.0f), 60.0f));
-    x = cap * (1.0f - 2.0f / (e + 1.0f));
+    const float e = exp2_approx(fminf(fmaxf(2.0f * kLog2e * __fdividef(x, cap), -60.0f), 60.0f));
+    x = cap * (1.0f - __fdividef(2.0f, e + 1.0f));
   }
   return fmaf(slope * kLog2e, static_cast<float>(distance), x);
 }

@@ -27,14 +27,6 @@ TQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return r;
 }
 
-// (a & mask) | bits in one instruction; the compiler splits it when it sees bits as a constant.
-template <uint32_t kMask>
-TQ_DEVICE uint32_t mask_or(uint32_t a, uint32_t bits) {
-  uint32_t r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "n"(kMask), "r"(bits));
-  return r;
-}
-
 TQ_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -47,52 +39,54 @@ TQ_DEVICE float log2_approx(float x) {
   return y;
 }
 
-// A constant in a register that the compiler does not know to be one.
+// x in a register that the compiler takes for the result of something expensive: it keeps it there instead of computing
+// it anew at every use.
 TQ_DEVICE uint32_t opaque(uint32_t x) {
-  uint32_t r;
-  asm volatile("mov.b32 %0, %1;" : "=r"(r) : "r"(x));
-  return r;
+  asm("" : "+r"(x));
+  return x;
 }
 
 TQ_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+TQ_DEVICE const uint8_t* shared_pointer(uint32_t address) {
+  return static_cast<const uint8_t*>(__cvta_shared_to_generic(address));
+}
 
 // One slot of a ring in shared memory that one warp fills and reads by itself.
 //   Hopper: one bulk copy and one transaction barrier; Ampere: 16-byte asynchronous copies; before: plain copies.
 #if TQ_HAS_BULK_COPY
-TQ_DEVICE void ring_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+// Barriers and targets are addresses in shared memory.
+TQ_DEVICE void ring_init(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
 TQ_DEVICE void ring_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-TQ_DEVICE void ring_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
+TQ_DEVICE void ring_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 // Called by one lane.
-TQ_DEVICE void ring_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+TQ_DEVICE void ring_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
-TQ_DEVICE void ring_wait(uint64_t* barrier, uint32_t parity) {
+TQ_DEVICE void ring_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred p;\nWAIT_%=:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE_%=;\nbra WAIT_%=;\nDONE_%=:\n}" ::"r"(
-          shared_address(barrier)),
+          barrier),
       "r"(parity)
       : "memory");
 }
 #endif
 
 // 16 bytes, global to shared, by this thread; complete after async_copy_wait<0>() and a barrier.
-TQ_DEVICE void async_copy_16(void* to, const void* from) {
+TQ_DEVICE void async_copy_16(uint32_t to, const void* from) {
 #if TQ_HAS_ASYNC_COPY
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 #else
-  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  *static_cast<uint4*>(__cvta_shared_to_generic(to)) = *static_cast<const uint4*>(from);
 #endif
 }
 TQ_DEVICE void async_copy_commit() {
