@@ -1,4 +1,5 @@
 // api.cc - the two exported symbols and the function table. Marshals, and lets no exception out.
+#include <algorithm>
 #include <cstddef>
 #include <exception>
 #include <iterator>
@@ -12,6 +13,7 @@
 #include "codec/lloyd_max.h"
 #include "codec/reference.h"
 #include "planner/planner.h"
+#include "planner/skip_layers.h"
 #include "tq_backend.h"
 
 namespace tq {
@@ -33,6 +35,8 @@ int32_t guarded(TqError* error, F&& f) noexcept {
 Status need_backend(const TqBackend* backend) {
   return backend != nullptr ? Status() : invalid("backend is NULL; it must come from create_backend");
 }
+
+constexpr int64_t kMaxLayers = 1 << 20;  // far beyond any model: a count above it is a caller's mistake
 
 const char* api_build_id() { return kBuildId; }
 
@@ -180,6 +184,37 @@ int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* cou
   });
 }
 
+int32_t api_align_skip_layers(const TqSkipRequest* given, int32_t* out, int64_t* count, TqError* error) {
+  return guarded(error, [&]() -> Status {
+    TqSkipRequest request = {};
+    if (Status s = read_struct("request", given, sizeof(TqSkipRequest), &request); !s.ok()) return s;
+    if (request.num_layers < 1 || request.num_layers > kMaxLayers || request.kv_sharing_targets == nullptr) {
+      return invalid("request.num_layers is " + std::to_string(request.num_layers) + "; there must be from 1 to " +
+                     std::to_string(kMaxLayers) + " layers, and kv_sharing_targets must point to one number of each");
+    }
+    if (request.num_skip_layers < 0 || (request.num_skip_layers > 0 && request.skip_layers == nullptr)) {
+      return invalid("request.num_skip_layers is " + std::to_string(request.num_skip_layers) +
+                     "; it must not be negative, and skip_layers must point to so many numbers");
+    }
+    if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
+    std::vector<int32_t> layers;
+    if (std::string sentence = align_skip_layers({request.kv_sharing_targets, static_cast<size_t>(request.num_layers)},
+                                                 {request.skip_layers, static_cast<size_t>(request.num_skip_layers)},
+                                                 request.boundary_layers, &layers);
+        !sentence.empty()) {
+      return invalid(sentence);
+    }
+    const auto number = static_cast<int64_t>(layers.size());
+    if (out != nullptr && *count < number) {
+      return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(number) +
+                     " layers");
+    }
+    if (out != nullptr) std::copy(layers.begin(), layers.end(), out);
+    *count = number;
+    return {};
+  });
+}
+
 int32_t api_list_libraries(const char* kernels_dir, TqLibraryInfo* out, int64_t* count, TqError* error) {
   return guarded(error, [&] { return list_libraries(kernels_dir, out, count); });
 }
@@ -290,7 +325,7 @@ constexpr TqApi kApi = {
     &api_fake_quantize,  &api_kv_cache_spec,   &api_plan_pages,     &api_list_libraries,
     &api_create_backend, &api_destroy_backend, &api_query_caps,     &api_query_counters,
     &api_check_layer,    &api_unmet_reason,    &api_workspace_size, &api_store_kv,
-    &api_attend,         &api_dequant_kv,      &api_copy_pages,
+    &api_attend,         &api_dequant_kv,      &api_copy_pages,     &api_align_skip_layers,
 };
 
 // Append-only: a slot that moves breaks every caller that was built before. Each pins one.
@@ -314,7 +349,8 @@ TQ_PIN_SLOT(store_kv, 15);
 TQ_PIN_SLOT(attend, 16);
 TQ_PIN_SLOT(dequant_kv, 17);
 TQ_PIN_SLOT(copy_pages, 18);
-static_assert(sizeof(TqApi) == 16 + 19 * sizeof(void*), "append a TQ_PIN_SLOT for the new function");
+TQ_PIN_SLOT(align_skip_layers, 19);
+static_assert(sizeof(TqApi) == 16 + 20 * sizeof(void*), "append a TQ_PIN_SLOT for the new function");
 
 }  // namespace
 }  // namespace tq

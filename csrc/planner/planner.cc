@@ -4,6 +4,7 @@
 #include <map>
 
 #include "layout/page_layout.h"
+#include "planner/skip_layers.h"
 
 namespace tq {
 namespace {
@@ -13,19 +14,14 @@ PageLayout layout_of(const LayerSpec& layer, int block_size) {
 }
 
 // A layer that reads another's pages must find in them what it would have written itself.
-std::string check_sharing(std::span<const LayerSpec> layers, size_t i) {
-  const int target = layers[i].kv_sharing_target;
-  const std::string who = "layers[" + std::to_string(i) + "].kv_sharing_target is " + std::to_string(target);
-  if (target < -1 || target >= static_cast<int>(layers.size())) {
-    return who + "; it must be -1 or the index of one of the " + std::to_string(layers.size()) + " layers";
-  }
-  if (target == -1) return "";
+std::string check_sharing(std::span<const LayerSpec> layers, std::span<const int32_t> targets, size_t i) {
+  if (std::string sentence = check_sharing_target(targets, i); !sentence.empty()) return sentence;
+  if (targets[i] == -1) return "";
   const LayerSpec& a = layers[i];
-  const LayerSpec& b = layers[target];
-  if (b.kv_sharing_target != -1) return who + ", which shares pages itself; it must be a layer that owns its pages";
+  const LayerSpec& b = layers[targets[i]];
   if (a.format->id != b.format->id || a.num_kv_heads != b.num_kv_heads || a.head_dim != b.head_dim ||
       a.head_dim_v != b.head_dim_v) {
-    return who +
+    return "layers[" + std::to_string(i) + "].kv_sharing_target is " + std::to_string(targets[i]) +
            ", whose format, KV heads or head dimensions differ; layers that share pages must agree in all of them";
   }
   return "";
@@ -42,9 +38,11 @@ std::string plan_pages(std::span<const LayerSpec> layers, int block_size, int64_
   }
   if (memory_bytes < 0) return "memory_bytes is " + std::to_string(memory_bytes) + "; it must not be negative";
   *plan = {};
+  std::vector<int32_t> targets;
+  for (const LayerSpec& layer : layers) targets.push_back(layer.kv_sharing_target);
   std::map<int64_t, int> group_of_page_bytes;
   for (size_t i = 0; i < layers.size(); ++i) {
-    if (std::string sentence = check_sharing(layers, i); !sentence.empty()) return sentence;
+    if (std::string sentence = check_sharing(layers, targets, i); !sentence.empty()) return sentence;
     const int64_t page_bytes = layout_of(layers[i], block_size).page_bytes();
     const int next_group = static_cast<int>(group_of_page_bytes.size());
     const int group = group_of_page_bytes.try_emplace(page_bytes, next_group).first->second;

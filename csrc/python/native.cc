@@ -167,6 +167,22 @@ py::dict plan_pages(const std::vector<py::dict>& layers, int block_size, int64_t
   return d;
 }
 
+// kv_sharing_targets: of each layer the index of the one whose cache it reads, or -1.
+std::vector<int32_t> align_skip_layers(const std::vector<int32_t>& kv_sharing_targets,
+                                       const std::vector<int32_t>& skip_layers, int boundary_layers) {
+  auto request = sized<TqSkipRequest>();
+  request.boundary_layers = boundary_layers;
+  request.kv_sharing_targets = kv_sharing_targets.data();
+  request.num_layers = static_cast<int64_t>(kv_sharing_targets.size());
+  request.skip_layers = skip_layers.data();
+  request.num_skip_layers = static_cast<int64_t>(skip_layers.size());
+  std::vector<int32_t> out(kv_sharing_targets.size());
+  auto count = static_cast<int64_t>(out.size());
+  call(api().align_skip_layers, &request, out.data(), &count);
+  out.resize(static_cast<size_t>(count));
+  return out;
+}
+
 const char* kind_name(int kind) { return kind == TQ_DEVICE_CPU ? "cpu" : kind == TQ_DEVICE_CUDA ? "cuda" : "hip"; }
 
 py::list libraries(const std::optional<std::string>& kernels_dir) {
@@ -228,6 +244,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("kv_cache_spec", &kv_cache_spec, py::arg("format"), py::arg("num_kv_heads"), py::arg("head_dim"),
         py::arg("head_dim_v") = 0);
   m.def("plan_pages", &plan_pages, py::arg("layers"), py::arg("block_size"), py::arg("memory_bytes"));
+  m.def(
+      "align_skip_layers", &align_skip_layers, py::arg("kv_sharing_targets"),
+      py::arg("skip_layers") = std::vector<int32_t>(), py::arg("boundary_layers") = 0,
+      "The layers that keep the native cache: those named, so many at both ends, and all that share a cache with one.");
   m.def("libraries", &libraries, py::arg("kernels_dir") = std::nullopt);
   m.def("unmet", &unmet, py::arg("kind"), py::arg("format"), py::arg("num_heads"), py::arg("num_kv_heads"),
         py::arg("head_dim"), py::arg("head_dim_v") = 0, py::arg("attention_kind") = "decoder");

@@ -67,6 +67,34 @@ TEST_F(Calls, NewerCaller) {
   EXPECT_EQ(spec.extra, 42);
 }
 
+TEST_F(Calls, SkipLayersAreAlignedAndCounted) {
+  const int32_t targets[] = {-1, -1, -1, 1, 2};
+  const int32_t skip[] = {3};
+  TqSkipRequest request = {};
+  request.struct_size = sizeof(request);
+  request.kv_sharing_targets = targets;
+  request.num_layers = 5;
+  request.skip_layers = skip;
+  request.num_skip_layers = 1;
+  TqError error = make_error();
+  int64_t count = 0;
+  ASSERT_EQ(api().align_skip_layers(&request, nullptr, &count, &error), TQ_OK) << error.message;
+  EXPECT_EQ(count, 2);
+  int32_t layers[] = {-7, -7, -7};
+  ASSERT_EQ(api().align_skip_layers(&request, layers, &count, &error), TQ_OK) << error.message;
+  EXPECT_EQ(layers[0], 1);
+  EXPECT_EQ(layers[1], 3);
+  EXPECT_EQ(layers[2], -7);
+  count = 1;
+  layers[0] = -7;
+  EXPECT_EQ(api().align_skip_layers(&request, layers, &count, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(error.message).find("*count is 1"), std::string::npos) << error.message;
+  EXPECT_EQ(layers[0], -7);
+  request.skip_layers = nullptr;
+  EXPECT_EQ(api().align_skip_layers(&request, layers, &count, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(error.message).find("num_skip_layers is 1"), std::string::npos) << error.message;
+}
+
 TEST_F(Calls, PlannerWalksAnArrayOfLargerStructs) {
   struct Newer {
     TqLayerDesc base;

@@ -204,6 +204,7 @@ class Api(Sized):
         ("attend", _function(c_int32, c_void_p, POINTER(AttendArgs), POINTER(Error))),
         ("dequant_kv", _function(c_int32, c_void_p, POINTER(DequantKvArgs), POINTER(Error))),
         ("copy_pages", c_void_p),
+        ("align_skip_layers", c_void_p),
     ]
 
 

@@ -137,6 +137,16 @@ typedef struct TqPlanSummary {
   int64_t kv_tokens;       /* num_blocks * block_size */
 } TqPlanSummary;
 
+/* Which layers keep the engine's own cache format. */
+typedef struct TqSkipRequest {
+  uint32_t struct_size;
+  int32_t boundary_layers;           /* so many first and last layers are skipped (vLLM's rule is 2); 0: none */
+  const int32_t* kv_sharing_targets; /* [num_layers], as TqLayerDesc.kv_sharing_target */
+  int64_t num_layers;
+  const int32_t* skip_layers; /* [num_skip_layers] layer numbers, or NULL if there are none */
+  int64_t num_skip_layers;
+} TqSkipRequest;
+
 /* A caller's thread pool: run(context, n, task, arg) calls task(arg, i) once for each i in [0, n), on up to
  * num_threads threads, and returns when all are done. */
 typedef struct TqParallelFor {
@@ -331,6 +341,10 @@ typedef struct TqApi {
   int32_t (*attend)(TqBackend* backend, const TqAttendArgs* args, TqError* error);
   int32_t (*dequant_kv)(TqBackend* backend, const TqDequantKvArgs* args, TqError* error);
   int32_t (*copy_pages)(TqBackend* backend, const TqCopyPagesArgs* args, TqError* error);
+
+  /* Planner: the layers to skip such that those which share pages are all skipped or none is. out receives ascending
+   * layer numbers; *count is capacity in (num_layers is always enough), number out; out may be NULL. */
+  int32_t (*align_skip_layers)(const TqSkipRequest* request, int32_t* out, int64_t* count, TqError* error);
 } TqApi;
 
 /* (TQ_ABI_MAJOR << 16) | TQ_ABI_MINOR of the library. */
