@@ -5,23 +5,32 @@ The wrapped create_engine_config runs on the real EngineArgs; what only a GPU or
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from engines import MODEL
-from tq_backend.register import register
-from tq_backend.vllm_adapter import conflicts, engine_config, patches
+from tq_backend.register import BACKEND_PATH, register
+from tq_backend.vllm_adapter import conflicts, engine_config, patches, tolerance
+from tq_backend.vllm_adapter.backend import TurboQuantBackend
+from tq_backend.vllm_adapter.impl import TurboQuantImpl
+from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
+from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
 
 DTYPE = "turboquant_4bit_nc"
 
 
 @pytest.fixture(autouse=True)
 def registered():
+    load_general_plugins()  # once per process, so that no test's first EngineArgs does it
     register()
 
 
@@ -134,12 +143,75 @@ def test_another_plugin_is_named_before_it_brings_the_engine_down(tmp_path):
     assert conflicts.competitors() == []
 
 
-def test_a_question_of_a_newer_engine_is_passed_over():
-    import torch
-    from tq_backend.vllm_adapter.backend import TurboQuantBackend
-    from vllm.platforms.interface import DeviceCapability
-    from vllm.v1.attention.selector import AttentionSelectorConfig
+@pytest.fixture
+def warnings_said():
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("vllm.tq_backend")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    tolerance._say.cache_clear()
+    yield said
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
+
+def test_keywords_of_a_newer_engine_are_passed_over_with_one_line_each(warnings_said):
+    new = {"tq_slot_size": 134}
     config = AttentionSelectorConfig(128, torch.bfloat16, DTYPE, None)._asdict()
-    capability = DeviceCapability(9, 0)
-    assert TurboQuantBackend.validate_configuration(device_capability=capability, **config, tq_slot_size=134) == []
+    spec = SimpleNamespace(state_content_size_bytes=70, block_size=16)
+    vllm_config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=1),
+    )
+    ints = torch.zeros(1, dtype=torch.int32)
+    common = SimpleNamespace(
+        num_actual_tokens=0, query_start_loc=ints, seq_lens=ints, block_table_tensor=ints, slot_mapping=ints, max_query_len=1
+    )  # fmt: skip
+    no_cache, x = torch.empty(0, dtype=torch.uint8), torch.zeros(1, 1, 64)
+    for _ in range(2):
+        capability = DeviceCapability(9, 0)
+        assert TurboQuantBackend.validate_configuration(device_capability=capability, **config, **new) == []
+        impl = TurboQuantImpl(1, 64, 1.0, 1, kv_cache_dtype=DTYPE, **new)
+        builder = TurboQuantMetadataBuilder(spec, [], vllm_config, torch.device("cpu"), **new)
+        builder.build(0, common, **new)
+        impl.do_kv_cache_update(None, x, x, no_cache, ints, **new)
+        impl.forward(None, x, x, x, no_cache, None, x, **new)
+    places = ["validate_configuration", "an attention layer", "a metadata builder", "build", "do_kv_cache_update", "forward"]
+    told = "TURBOQUANT ignores what this vLLM gives to {} and it does not know: tq_slot_size"
+    assert warnings_said == [told.format(place) for place in places]
+
+
+SELECTION = """
+import sys, types
+# The CUDA platform's file opens kernels that this engine was built without; choosing a backend calls none of them.
+sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("vllm._C_stable_libtorch")
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.cuda import CudaPlatform
+from vllm.platforms.interface import DeviceCapability
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from tq_backend.register import register
+register()
+args = EngineArgs(model={model!r}, kv_cache_dtype="turboquant_4bit_nc", attention_backend="TURBOQUANT")
+selected = args.create_engine_config().attention_config.backend
+for capability in ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0)):
+    CudaPlatform.get_device_capability = classmethod(lambda cls, *_: DeviceCapability(*capability))
+    for dtype in ("auto", "turboquant_4bit_nc"):
+        config = AttentionSelectorConfig(128, torch.float16, dtype, None)
+        print("chosen", dtype, CudaPlatform.get_attn_backend_cls(selected, config))
+"""
+
+
+def test_the_cuda_platform_chooses_per_layer_under_an_explicit_flag():
+    """Its own selection, with the compute capability of five devices; vLLM's own answer for "auto" layers is an error."""
+    done = subprocess.run(
+        [sys.executable, "-c", SELECTION.format(model=str(MODEL))], capture_output=True, text=True, check=False
+    )
+    chosen = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("chosen ")]
+    assert len(chosen) == 10, done.stdout + done.stderr
+    for dtype, path in chosen:
+        assert (path == BACKEND_PATH) == (dtype == DTYPE), chosen

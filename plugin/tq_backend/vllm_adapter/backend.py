@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,11 +11,10 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from tq_backend.vllm_adapter import formats
+from tq_backend.vllm_adapter.tolerance import pass_over
 
 if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
-
-logger = logging.getLogger("vllm.tq_backend")
 
 MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_MULTIPLE = 16, 512, 16
 BLOCK_SIZE_MULTIPLE = 16
@@ -77,12 +75,9 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def validate_configuration(cls, **asked: Any) -> list[str]:
-        """vLLM's own answer. A question of a newer engine, which this one's base class does not know, is passed over with a line:
-        an unexpected keyword must not take an engine down."""
+        """vLLM's own answer. A question of a newer engine, which this one's base class does not know, is passed over."""
         known = inspect.signature(super().validate_configuration).parameters
-        new = sorted(set(asked) - set(known))
-        if new:
-            logger.warning("TURBOQUANT does not know the engine's questions %s and passes over them", new)
+        pass_over("validate_configuration", set(asked) - set(known))
         return super().validate_configuration(**{name: x for name, x in asked.items() if name in known})
 
     @classmethod
