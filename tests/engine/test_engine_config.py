@@ -18,6 +18,7 @@ from tq_backend.register import BACKEND_PATH, register
 from tq_backend.vllm_adapter import conflicts, engine_config, patches, tolerance
 from tq_backend.vllm_adapter.backend import TurboQuantBackend
 from tq_backend.vllm_adapter.impl import TurboQuantImpl
+from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
 from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
@@ -78,6 +79,31 @@ def test_a_class_that_took_our_place_is_noticed(monkeypatch):
     monkeypatch.setattr(AttentionBackendEnum, "get_path", lambda self, *_: "other.Backend")
     with pytest.raises(ValueError, match=r"stands for other\.Backend"):
         made(additional_config={"turboquant": {"strict": True}})
+
+
+def test_layers_that_share_a_cache_keep_the_native_one_together():
+    """Gemma 4 E4B as published: 42 layers, every sixth with full attention, the last 18 reading the caches of 22 and 23."""
+    from transformers import Gemma4TextConfig
+
+    text = Gemma4TextConfig(num_hidden_layers=42, num_kv_shared_layers=18)
+    boundary = ["0", "1", "40", "41"]  # vLLM's own choice
+    skipped = [int(i) for i in aligned_skip_layers(text, boundary)]
+    assert skipped == [0, 1, 22, 23, *range(24, 42)]
+    assert not {5, 11, 17} & set(skipped) and {text.layer_types[i] for i in (5, 11, 17)} == {"full_attention"}
+    assert aligned_skip_layers(text, []) == []
+    assert aligned_skip_layers(text, ["sliding_window", "23"]) == ["23", "29", "35", "41", "sliding_window"]
+    with pytest.raises(ValueError, match="layers go from 0 to 41"):
+        aligned_skip_layers(text, ["42"])
+
+
+def test_a_model_without_shared_caches_keeps_its_skip_list():
+    from transformers import LlamaConfig
+
+    assert aligned_skip_layers(LlamaConfig(num_hidden_layers=4), ["0", "99", "sliding_window"]) == [
+        "0",
+        "99",
+        "sliding_window",
+    ]
 
 
 def refused(**changes):
@@ -179,7 +205,14 @@ def test_keywords_of_a_newer_engine_are_passed_over_with_one_line_each(warnings_
         builder.build(0, common, **new)
         impl.do_kv_cache_update(None, x, x, no_cache, ints, **new)
         impl.forward(None, x, x, x, no_cache, None, x, **new)
-    places = ["validate_configuration", "an attention layer", "a metadata builder", "build", "do_kv_cache_update", "forward"]
+    places = [
+        "validate_configuration",
+        "an attention layer",
+        "a metadata builder",
+        "build",
+        "do_kv_cache_update",
+        "forward",
+    ]
     told = "TURBOQUANT ignores what this vLLM gives to {} and it does not know: tq_slot_size"
     assert warnings_said == [told.format(place) for place in places]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
 from tq_backend.vllm_adapter.options import Options
 
 logger = logging.getLogger("vllm.tq_backend")
@@ -61,5 +62,11 @@ def adjust(vllm_config: Any, options: Options, flash_attn_version: int | None) -
         )
     # vLLM's own TurboQuant shares an implementation with FlashAttention 2 and forces it on all other layers; ours does not.
     attention.flash_attn_version = flash_attn_version
-    if options.skip_layers is not None:
-        vllm_config.cache_config.kv_cache_dtype_skip_layers = list(options.skip_layers)
+    cache = vllm_config.cache_config
+    chosen = cache.kv_cache_dtype_skip_layers if options.skip_layers is None else list(options.skip_layers)
+    cache.kv_cache_dtype_skip_layers = aligned_skip_layers(vllm_config.model_config.hf_text_config, chosen)
+    if len(cache.kv_cache_dtype_skip_layers) > len(chosen):
+        logger.info(
+            "tq-backend: layers %s keep the native cache: they are skipped or share a cache with one that is",
+            ", ".join(cache.kv_cache_dtype_skip_layers),
+        )
