@@ -13,7 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.S)
 README = "README.md"
-PAGE_OF = {"plans.json": "docs/models.md", "gpu_attention.json": "docs/gpu.md"}  # results that are quoted elsewhere than in the README
+PAGE_OF = {
+    "plans.json": "docs/models.md",
+    "gpu_attention.json": "docs/gpu.md",
+}  # results that are quoted elsewhere than in the README
 FIELDS = ("figure", "value", "unit", "bar", "baseline", "machine", "date", "command")
 
 

@@ -18,9 +18,11 @@ logger = logging.getLogger("vllm.tq_backend")
 def register() -> None:
     """`vllm.general_plugins`: puts our class behind AttentionBackendEnum.TURBOQUANT, unless a probe fails."""
     try:
-        from tq_backend.vllm_adapter import probes
+        from tq_backend.vllm_adapter import patches, probes
 
         unmet = probes.unmet()
+        patches.declined[:] = unmet
+        patches.apply()  # when we decline too: `strict` turns that into an error
         if unmet:
             logger.warning(
                 "tq-backend declines: %s; the flags turboquant_* keep vLLM's own meaning in this run", "; ".join(unmet)
@@ -37,8 +39,15 @@ def cpu_platform() -> str | None:
     """`vllm.platform_plugins`: our platform where vLLM's own answer would be the plain CPU platform, else None.
 
     Stock vLLM on a CPU ignores the requested attention backend and computes nonsense over a packed cache.
+
+    vLLM asks here before it runs any general plugin, so this is also where a plugin that could bring it down is named in time.
     """
     try:
+        from tq_backend.vllm_adapter import conflicts
+
+        others = conflicts.competitors()
+        if others:
+            logger.warning("tq-backend: %s", conflicts.sentence(others))
         from vllm.platforms import builtin_platform_plugins
 
         found = {name: probe() for name, probe in builtin_platform_plugins.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,15 +14,23 @@ from tq_backend.cli.engine import Engine
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-code-lm"
 CONTEXT = 1024
+GENERATED = 8
 
 
 @contextmanager
-def running(kv_format: str | None, **options) -> Iterator[Engine]:
-    engine = Engine(MODEL, kv_format, CONTEXT, **options)
+def running(kv_format: str | None, model: Path = MODEL, context: int = CONTEXT, **options) -> Iterator[Engine]:
+    engine = Engine(model, kv_format, context, **options)
     try:
         yield engine
     finally:
         engine.close()
+
+
+def attention_layers(engine: Engine) -> list[torch.nn.Module]:
+    """vLLM's attention layers in the model's order."""
+    from vllm.model_executor.layers.attention import Attention
+
+    return [module for module in engine.model.modules() if isinstance(module, Attention)]
 
 
 @contextmanager
@@ -86,3 +95,51 @@ def replayed_float_cache(kv_format: str, record: list[tuple[torch.Tensor, torch.
     with patched_store(store), raw_pages():
         yield moved
     assert next(calls, None) is None, "both engines must make the same calls"
+
+
+@dataclass
+class Seen:
+    """What an engine said: log probabilities of given prompt tokens, and of its own greedy tokens."""
+
+    prompt: list[float] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    generated: list[list[float]] = field(default_factory=list)
+    hit_tokens: int = 0  # prompt tokens of the second round that came from the prefix cache
+
+
+def observe_rounds(
+    engine: Engine, first_round: list[list[int]], second_round: list[list[int]], generated: int = GENERATED
+) -> Seen:
+    """Greedy generation for the prompts of two batches, the second after the first is done."""
+    from vllm import SamplingParams
+
+    seen = Seen()
+
+    def generate(batch: list[list[int]], **more) -> None:
+        params = SamplingParams(
+            temperature=0, max_tokens=generated, ignore_eos=True, detokenize=False, logprobs=0, **more
+        )
+        outputs = engine.llm.generate([{"prompt_token_ids": p} for p in batch], params, use_tqdm=False)
+        for tokens, output in zip(batch, outputs, strict=True):
+            if output.prompt_logprobs:
+                seen.prompt += [output.prompt_logprobs[i][tokens[i]].logprob for i in range(1, len(tokens))]
+            seen.hit_tokens += output.num_cached_tokens or 0
+            ids = list(output.outputs[0].token_ids)
+            seen.tokens.append(ids)
+            seen.generated.append([output.outputs[0].logprobs[i][ids[i]].logprob for i in range(generated)])
+
+    generate(first_round, prompt_logprobs=0)
+    seen.hit_tokens = 0
+    generate(second_round)
+    return seen
+
+
+def largest_difference(a: Seen, b: Seen) -> float:
+    """Over prompt tokens, and over generated ones as long as both engines chose the same."""
+    worst = max(abs(x - y) for x, y in zip(a.prompt, b.prompt, strict=True))
+    for ids_a, ids_b, p, q in zip(a.tokens, b.tokens, a.generated, b.generated, strict=True):
+        for i in range(len(ids_a)):
+            worst = max(worst, abs(p[i] - q[i])) if ids_a[i] == ids_b[i] else worst
+            if ids_a[i] != ids_b[i]:
+                break
+    return worst

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
-from engines import MODEL, raw_pages, recorded_codec, replayed_float_cache, running
+from engines import (
+    MODEL,
+    Seen,
+    attention_layers,
+    largest_difference,
+    observe_rounds,
+    raw_pages,
+    recorded_codec,
+    replayed_float_cache,
+    running,
+)
 from stock_attention import prefill_route
 from tq_backend.cli.engine import Engine, counters
 from tq_backend.cli.heldout import heldout_tokens
@@ -14,17 +22,6 @@ from tq_backend.vllm_adapter.prefill_plan import Limits
 
 # Chunked prefill (700 tokens in chunks of 256, mixed with decodes), prefix hits in pages of 128.
 OPTIONS = {"dtype": "float32", "max_num_batched_tokens": 256, "enable_prefix_caching": True}
-GENERATED = 8
-
-
-@dataclass
-class Seen:
-    """What an engine said: log probabilities of given prompt tokens, and of its own greedy tokens."""
-
-    prompt: list[float] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    generated: list[list[float]] = field(default_factory=list)
-    hit_tokens: int = 0  # prompt tokens of the second round that came from the prefix cache
 
 
 def prompts() -> list[list[int]]:
@@ -33,42 +30,9 @@ def prompts() -> list[list[int]]:
 
 
 def observe(engine: Engine) -> Seen:
-    from vllm import SamplingParams
-
-    seen = Seen()
-
-    def generate(batch: list[list[int]], **more) -> None:
-        params = SamplingParams(
-            temperature=0, max_tokens=GENERATED, ignore_eos=True, detokenize=False, logprobs=0, **more
-        )
-        outputs = engine.llm.generate([{"prompt_token_ids": p} for p in batch], params, use_tqdm=False)
-        for tokens, output in zip(batch, outputs, strict=True):
-            if output.prompt_logprobs:
-                seen.prompt += [output.prompt_logprobs[i][tokens[i]].logprob for i in range(1, len(tokens))]
-            ids = list(output.outputs[0].token_ids)
-            seen.tokens.append(ids)
-            seen.generated.append([output.outputs[0].logprobs[i][ids[i]].logprob for i in range(GENERATED)])
-
-    generate(prompts(), prompt_logprobs=0)
     # The second round shares 512 tokens with the first prompt: a prefix hit in a batch with fresh prompts and decodes.
     first = prompts()[0]
-    again = [first[:512] + prompts()[2], prompts()[1] * 3, first[:690]]
-    before = counters()["stored_tokens"]
-    generate(again)
-    stored = (counters()["stored_tokens"] - before) // engine.num_layers
-    seen.hit_tokens = sum(len(p) + GENERATED - 1 for p in again) - stored
-    return seen
-
-
-def largest_difference(a: Seen, b: Seen) -> float:
-    """Over prompt tokens, and over generated ones as long as both engines chose the same."""
-    worst = max(abs(x - y) for x, y in zip(a.prompt, b.prompt, strict=True))
-    for ids_a, ids_b, p, q in zip(a.tokens, b.tokens, a.generated, b.generated, strict=True):
-        for i in range(GENERATED):
-            worst = max(worst, abs(p[i] - q[i])) if ids_a[i] == ids_b[i] else worst
-            if ids_a[i] != ids_b[i]:
-                break
-    return worst
+    return observe_rounds(engine, prompts(), [first[:512] + prompts()[2], prompts()[1] * 3, first[:690]])
 
 
 def test_float_pages_equal_the_stock_engine():
@@ -126,10 +90,6 @@ def test_skip_layers_default_keeps_boundary_layers_native():
         kinds = [layer.impl.kv_cache_dtype for layer in attention_layers(engine)]
     assert kinds == ["auto", "auto", "turboquant_4bit_nc", "turboquant_4bit_nc", "auto", "auto"]
     assert calls > 0
-
-
-def attention_layers(engine: Engine) -> list:
-    return [layer.self_attn.attn for layer in engine.model.model.layers]
 
 
 def test_unknown_option_is_refused_with_the_nearest_name():

@@ -113,6 +113,8 @@ def test_what_a_gpu_platform_asks_the_backend():
         ({"turboquant": {"skip_layer": []}}, "did you mean 'skip_layers'"),
         ({"turboquant": {"skip_layers": "0,1"}}, "must be a list"),
         ({"turboquant": {"skip_layers": [1.5]}}, "must be a list"),
+        ({"turboquant": {"skip_layers": [True]}}, "must be a list"),
+        ({"turboquant": {"strict": 1}}, "must be true or false"),
         ({"turboquant": ["skip_layers"]}, "must be a dictionary"),
         ({"turboquant": {"current": "exact"}}, "'current'.* is 'exact'; it must be one of .'raw', 'compressed'"),
     ],

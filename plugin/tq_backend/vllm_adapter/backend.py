@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +11,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from tq_backend.vllm_adapter import formats
+from tq_backend.vllm_adapter.tolerance import pass_over
 
 if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
@@ -70,6 +72,13 @@ class TurboQuantBackend(AttentionBackend):
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def validate_configuration(cls, **asked: Any) -> list[str]:
+        """vLLM's own answer. A question of a newer engine, which this one's base class does not know, is passed over."""
+        known = inspect.signature(super().validate_configuration).parameters
+        pass_over("validate_configuration", set(asked) - set(known))
+        return super().validate_configuration(**{name: x for name, x in asked.items() if name in known})
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from tq_backend._library import torch_ops
 from tq_backend.vllm_adapter import formats
 from tq_backend.vllm_adapter.metadata import TurboQuantMetadata
 from tq_backend.vllm_adapter.prefill import PrefillRoute
-
-logger = logging.getLogger("vllm.tq_backend")
+from tq_backend.vllm_adapter.tolerance import pass_over
 
 
 def pages(kv_cache: torch.Tensor) -> torch.Tensor:
@@ -54,8 +52,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.kernel_sinks: torch.Tensor | None = None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.prefill_route: PrefillRoute | None = None  # given by the metadata builder, which knows device and dtype
-        if extra:
-            logger.warning("TURBOQUANT ignores the attention arguments %s, which it does not know", sorted(extra))
+        pass_over("an attention layer", extra)
         self.ops = torch_ops()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -81,8 +78,10 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
+        **unknown: Any,
     ) -> None:
         """key, value: [tokens, num_kv_heads, head_size]; kv_cache: uint8 [blocks, ...]; slot_mapping: [tokens]."""
+        pass_over("do_kv_cache_update", unknown)
         if kv_cache.numel() == 0:  # profiling, before there is a cache
             return
         view = pages(kv_cache)
@@ -100,10 +99,12 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
+        **unknown: Any,
     ) -> torch.Tensor:
         """query: [tokens, num_heads, head_size]; output: [tokens, num_heads, head_size_v], written in place. key and value
         [tokens, num_kv_heads, head_size] are read by the prefill route only; whatever else is attended comes from pages, the
         current tokens too."""
+        pass_over("forward", unknown)
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("TURBOQUANT does not write quantized outputs; output_scale must be None")
         if attn_metadata is None:  # profiling

@@ -22,6 +22,7 @@ from tq_backend._library import device_index, native, torch_ops
 from tq_backend.vllm_adapter import formats, prefill
 from tq_backend.vllm_adapter.options import read_options
 from tq_backend.vllm_adapter.prefill_plan import Geometry, Limits, Plan, limits_of, make_plan, workspace_size
+from tq_backend.vllm_adapter.tolerance import pass_over
 
 logger = logging.getLogger("vllm.tq_backend")
 
@@ -75,7 +76,10 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     # are made, never during a step.
     _workspaces: ClassVar[dict[torch.device, torch.Tensor]] = {}
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **unknown: Any
+    ) -> None:
+        pass_over("a metadata builder", unknown)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
@@ -142,8 +146,13 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         return needed
 
     def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **unknown: Any,
     ) -> TurboQuantMetadata:
+        pass_over("build", unknown)
         common = common_attn_metadata
         causal = getattr(common, "causal", True)
         if isinstance(causal, torch.Tensor):

@@ -1,4 +1,7 @@
-"""`--additional-config '{"turboquant": {...}}'`: what has no flag of its own."""
+"""`--additional-config '{"turboquant": {...}}'`: what has no flag of its own.
+
+The formats of keys and values are no option here: a cache dtype's name fixes both, and with them the bytes that vLLM plans for.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-KEYS = ("skip_layers", "current")
+KEYS = ("skip_layers", "current", "strict")
 CURRENT = ("raw", "compressed")
 
 
@@ -16,6 +19,8 @@ class Options:
     skip_layers: tuple[str, ...] | None = None
     # How a prefill reads its own chunk: "raw", as it came, or "compressed", from pages. None: raw on GPUs, compressed on CPUs.
     current: str | None = None
+    # An error instead of a warning line where TurboQuant was asked for and something else would run.
+    strict: bool = False
 
 
 def read_options(additional_config: Any) -> Options:
@@ -30,11 +35,14 @@ def read_options(additional_config: Any) -> Options:
     current = given.get("current")
     if current is not None and current not in CURRENT:
         raise ValueError(f"additional_config['turboquant']['current'] is {current!r}; it must be one of {CURRENT}")
+    strict = given.get("strict", False)
+    if not isinstance(strict, bool):
+        raise ValueError(f"additional_config['turboquant']['strict'] is {strict!r}; it must be true or false")
     skip = given.get("skip_layers")
     if skip is None:
-        return Options(current=current)
-    if not isinstance(skip, list) or not all(isinstance(x, int | str) for x in skip):
+        return Options(current=current, strict=strict)
+    if not isinstance(skip, list) or not all(isinstance(x, int | str) and not isinstance(x, bool) for x in skip):
         raise ValueError(
             f"additional_config['turboquant']['skip_layers'] is {skip!r}; it must be a list of layer numbers or layer kinds"
         )
-    return Options(skip_layers=tuple(str(x) for x in skip), current=current)
+    return Options(skip_layers=tuple(str(x) for x in skip), current=current, strict=strict)

@@ -12,7 +12,6 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tq_backend.register import BACKEND_PATH
-from tq_backend.vllm_adapter.options import read_options
 
 logger = logging.getLogger("vllm.tq_backend")
 
@@ -36,10 +35,3 @@ class TurboQuantCpuPlatform(CpuPlatform):
                 "run tq-check"
             )
         return BACKEND_PATH
-
-    @classmethod
-    def check_and_update_config(cls, vllm_config: Any) -> None:
-        super().check_and_update_config(vllm_config)
-        options = read_options(vllm_config.additional_config)
-        if options.skip_layers is not None:
-            vllm_config.cache_config.kv_cache_dtype_skip_layers = list(options.skip_layers)

@@ -1,0 +1,72 @@
+"""An engine's configuration with a turboquant_* cache: what is refused at start-up, and what of it is set anew.
+
+Both run in the front end, once, when the configuration is complete; workers get the result.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
+from tq_backend.vllm_adapter.options import Options
+
+logger = logging.getLogger("vllm.tq_backend")
+
+ALTERNATIVE = "use --kv-cache-dtype auto or fp8 for it"
+
+
+def refusal(vllm_config: Any) -> str | None:
+    """Why this engine cannot have a turboquant_* cache, in one sentence with the alternative; None if it can."""
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    dtype = vllm_config.cache_config.cache_dtype
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        return f"{dtype} has no kernels for {current_platform.device_name}, only for CPUs, CUDA and ROCm; {ALTERNATIVE}"
+    if model.use_mla:
+        return f"{dtype} does not serve MLA attention, whose cache is not keys and values; {ALTERNATIVE}"
+    if model.is_encoder_decoder:
+        return f"{dtype} serves decoder attention, and this is an encoder-decoder model; {ALTERNATIVE}"
+    for name, size in (
+        ("decode_context_parallel_size", parallel.decode_context_parallel_size),
+        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size),
+    ):
+        if size > 1:
+            return (
+                f"{dtype} keeps all tokens of a KV head on one device, and {name} is {size}; set it to 1 and use "
+                "tensor_parallel_size, which splits the cache by KV head"
+            )
+    heads, ranks = model.get_total_num_kv_heads(), parallel.tensor_parallel_size
+    if heads % ranks and ranks % heads:
+        return (
+            f"{dtype} splits the cache by KV head: {heads} KV heads cannot be divided among tensor_parallel_size {ranks}; "
+            f"it must divide {heads} or be a multiple of it"
+        )
+    return None
+
+
+def adjust(vllm_config: Any, options: Options, flash_attn_version: int | None) -> None:
+    """Changes a complete configuration in place. flash_attn_version: what the user gave, None if nothing.
+
+    vLLM's explicit `--attention-backend TURBOQUANT` asks one class to serve every layer, and on CUDA it raises for the layers that
+    keep a native cache. Without it every platform chooses per layer, by cache dtype, and only our class takes turboquant_*.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention = vllm_config.attention_config
+    if attention.backend == AttentionBackendEnum.TURBOQUANT:
+        attention.backend = None
+        logger.info(
+            "tq-backend: attention backends are chosen per layer; layers with a native cache keep the native one"
+        )
+    # vLLM's own TurboQuant shares an implementation with FlashAttention 2 and forces it on all other layers; ours does not.
+    attention.flash_attn_version = flash_attn_version
+    cache = vllm_config.cache_config
+    chosen = cache.kv_cache_dtype_skip_layers if options.skip_layers is None else list(options.skip_layers)
+    cache.kv_cache_dtype_skip_layers = aligned_skip_layers(vllm_config.model_config.hf_text_config, chosen)
+    if len(cache.kv_cache_dtype_skip_layers) > len(chosen):
+        logger.info(
+            "tq-backend: layers %s keep the native cache: they are skipped or share a cache with one that is",
+            ", ".join(cache.kv_cache_dtype_skip_layers),
+        )

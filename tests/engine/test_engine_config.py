@@ -1,0 +1,250 @@
+"""What an engine with a turboquant_* cache may be, what its configuration becomes, and who else hooks into it.
+
+The wrapped create_engine_config runs on the real EngineArgs; what only a GPU or a cluster would meet gets configuration objects.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import MODEL
+from tq_backend.register import BACKEND_PATH, register
+from tq_backend.vllm_adapter import conflicts, engine_config, patches, tolerance
+from tq_backend.vllm_adapter.backend import TurboQuantBackend
+from tq_backend.vllm_adapter.impl import TurboQuantImpl
+from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
+from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+DTYPE = "turboquant_4bit_nc"
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    load_general_plugins()  # once per process, so that no test's first EngineArgs does it
+    register()
+
+
+def made(**flags):
+    flags = {"kv_cache_dtype": DTYPE, "attention_backend": "TURBOQUANT"} | flags
+    return EngineArgs(model=str(MODEL), **flags).create_engine_config()
+
+
+def test_an_explicit_flag_is_a_choice_per_layer_and_forces_no_flash_attention():
+    config = made()
+    assert config.attention_config.backend is None
+    assert config.attention_config.flash_attn_version is None
+    assert config.cache_config.kv_cache_dtype_skip_layers == ["0", "1", "4", "5"]
+    assert made(attention_config={"flash_attn_version": 2}).attention_config.flash_attn_version == 2
+
+
+def test_skip_layers_replace_vllms_choice():
+    config = made(additional_config={"turboquant": {"skip_layers": [3]}})
+    assert config.cache_config.kv_cache_dtype_skip_layers == ["3"]
+
+
+def test_an_engine_without_a_compressed_cache_is_left_alone(monkeypatch):
+    monkeypatch.setattr(patches, "declined", ["a reason"])
+    config = made(
+        kv_cache_dtype="auto", attention_backend="CPU_ATTN", additional_config={"turboquant": {"strict": True}}
+    )
+    assert config.attention_config.backend == AttentionBackendEnum.CPU_ATTN
+
+
+def test_the_wrap_is_made_once():
+    before = EngineArgs.create_engine_config
+    register()
+    assert EngineArgs.create_engine_config is before
+
+
+def test_strict_turns_a_decline_into_an_error(monkeypatch):
+    monkeypatch.setattr(patches, "declined", ["the kernels are not usable"])
+    with pytest.raises(ValueError, match="strict: the kernels are not usable"):
+        made(additional_config={"turboquant": {"strict": True}})
+    # vLLM's own meaning of the flags, with what it forces.
+    assert made().attention_config.flash_attn_version == 2
+
+
+def test_a_class_that_took_our_place_is_noticed(monkeypatch):
+    monkeypatch.setattr(AttentionBackendEnum, "get_path", lambda self, *_: "other.Backend")
+    with pytest.raises(ValueError, match=r"stands for other\.Backend"):
+        made(additional_config={"turboquant": {"strict": True}})
+
+
+def test_layers_that_share_a_cache_keep_the_native_one_together():
+    """Gemma 4 E4B as published: 42 layers, every sixth with full attention, the last 18 reading the caches of 22 and 23."""
+    from transformers import Gemma4TextConfig
+
+    text = Gemma4TextConfig(num_hidden_layers=42, num_kv_shared_layers=18)
+    boundary = ["0", "1", "40", "41"]  # vLLM's own choice
+    skipped = [int(i) for i in aligned_skip_layers(text, boundary)]
+    assert skipped == [0, 1, 22, 23, *range(24, 42)]
+    assert not {5, 11, 17} & set(skipped) and {text.layer_types[i] for i in (5, 11, 17)} == {"full_attention"}
+    assert aligned_skip_layers(text, []) == []
+    assert aligned_skip_layers(text, ["sliding_window", "23"]) == ["23", "29", "35", "41", "sliding_window"]
+    with pytest.raises(ValueError, match="layers go from 0 to 41"):
+        aligned_skip_layers(text, ["42"])
+
+
+def test_a_model_without_shared_caches_keeps_its_skip_list():
+    from transformers import LlamaConfig
+
+    assert aligned_skip_layers(LlamaConfig(num_hidden_layers=4), ["0", "99", "sliding_window"]) == [
+        "0",
+        "99",
+        "sliding_window",
+    ]
+
+
+def refused(**changes):
+    model = SimpleNamespace(
+        use_mla=False, is_encoder_decoder=False, get_total_num_kv_heads=lambda: changes.get("heads", 8)
+    )
+    model.__dict__.update({k: v for k, v in changes.items() if k in model.__dict__})
+    parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1, tensor_parallel_size=1)
+    parallel.__dict__.update({k: v for k, v in changes.items() if k in parallel.__dict__})
+    return engine_config.refusal(
+        SimpleNamespace(model_config=model, parallel_config=parallel, cache_config=SimpleNamespace(cache_dtype=DTYPE))
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_mla": True}, "MLA attention"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size is 2"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size is 2"),
+        ({"heads": 6, "tensor_parallel_size": 4}, "6 KV heads cannot be divided among tensor_parallel_size 4"),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, dict) else "",
+)
+def test_what_is_not_served_is_refused_before_a_model_is_loaded(changes, words):
+    assert words in refused(**changes)
+
+
+def test_heads_that_divide_or_are_repeated_are_served():
+    for heads, ranks in ((8, 1), (8, 4), (2, 4)):
+        assert refused(heads=heads, tensor_parallel_size=ranks) is None
+
+
+def test_another_platform_is_refused(monkeypatch):
+    from vllm import platforms
+
+    other = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: False, device_name="xpu")
+    monkeypatch.setattr(platforms, "_current_platform", other)
+    assert "no kernels for xpu" in refused()
+
+
+OTHER_PLUGIN = "def register():\n    from vllm import a_name_that_is_gone\n"
+
+
+def test_another_plugin_is_named_before_it_brings_the_engine_down(tmp_path):
+    """As turboquant-vllm 1.5.0 does with vLLM 0.33: its entry point raises, and vLLM does not catch that."""
+    info = tmp_path / "turboquant_vllm-1.5.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: turboquant-vllm\nVersion: 1.5.0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nturboquant = other_turboquant:register\n")
+    (tmp_path / "other_turboquant.py").write_text(OTHER_PLUGIN)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = f"from vllm.engine.arg_utils import EngineArgs; EngineArgs(model={str(MODEL)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and "a_name_that_is_gone" in said, said
+    named = said.find("turboquant-vllm 1.5.0 also hooks TurboQuant into vLLM")
+    assert 0 <= named < said.find("Traceback"), said
+    assert "pip uninstall turboquant-vllm" in said
+    assert conflicts.competitors() == []
+
+
+@pytest.fixture
+def warnings_said():
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("vllm.tq_backend")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    tolerance._say.cache_clear()
+    yield said
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def test_keywords_of_a_newer_engine_are_passed_over_with_one_line_each(warnings_said):
+    new = {"tq_slot_size": 134}
+    config = AttentionSelectorConfig(128, torch.bfloat16, DTYPE, None)._asdict()
+    spec = SimpleNamespace(state_content_size_bytes=70, block_size=16)
+    vllm_config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=1),
+    )
+    ints = torch.zeros(1, dtype=torch.int32)
+    common = SimpleNamespace(
+        num_actual_tokens=0, query_start_loc=ints, seq_lens=ints, block_table_tensor=ints, slot_mapping=ints, max_query_len=1
+    )  # fmt: skip
+    no_cache, x = torch.empty(0, dtype=torch.uint8), torch.zeros(1, 1, 64)
+    for _ in range(2):
+        capability = DeviceCapability(9, 0)
+        assert TurboQuantBackend.validate_configuration(device_capability=capability, **config, **new) == []
+        impl = TurboQuantImpl(1, 64, 1.0, 1, kv_cache_dtype=DTYPE, **new)
+        builder = TurboQuantMetadataBuilder(spec, [], vllm_config, torch.device("cpu"), **new)
+        builder.build(0, common, **new)
+        impl.do_kv_cache_update(None, x, x, no_cache, ints, **new)
+        impl.forward(None, x, x, x, no_cache, None, x, **new)
+    places = [
+        "validate_configuration",
+        "an attention layer",
+        "a metadata builder",
+        "build",
+        "do_kv_cache_update",
+        "forward",
+    ]
+    told = "TURBOQUANT ignores what this vLLM gives to {} and it does not know: tq_slot_size"
+    assert warnings_said == [told.format(place) for place in places]
+
+
+SELECTION = """
+import sys, types
+# The CUDA platform's file opens kernels that this engine was built without; choosing a backend calls none of them.
+sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("vllm._C_stable_libtorch")
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.cuda import CudaPlatform
+from vllm.platforms.interface import DeviceCapability
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from tq_backend.register import register
+register()
+args = EngineArgs(model={model!r}, kv_cache_dtype="turboquant_4bit_nc", attention_backend="TURBOQUANT")
+selected = args.create_engine_config().attention_config.backend
+for capability in ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0)):
+    CudaPlatform.get_device_capability = classmethod(lambda cls, *_: DeviceCapability(*capability))
+    for dtype in ("auto", "turboquant_4bit_nc"):
+        config = AttentionSelectorConfig(128, torch.float16, dtype, None)
+        print("chosen", dtype, CudaPlatform.get_attn_backend_cls(selected, config))
+"""
+
+
+def test_the_cuda_platform_chooses_per_layer_under_an_explicit_flag():
+    """Its own selection, with the compute capability of five devices; vLLM's own answer for "auto" layers is an error."""
+    done = subprocess.run(
+        [sys.executable, "-c", SELECTION.format(model=str(MODEL))], capture_output=True, text=True, check=False
+    )
+    chosen = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("chosen ")]
+    assert len(chosen) == 10, done.stdout + done.stderr
+    for dtype, path in chosen:
+        assert (path == BACKEND_PATH) == (dtype == DTYPE), chosen

@@ -1,0 +1,103 @@
+"""Tiny models of real architectures on the real engine: our pages with floats in them against vLLM's own kernel and cache."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+from engines import (
+    Seen,
+    attention_layers,
+    largest_difference,
+    observe_rounds,
+    raw_pages,
+    recorded_codec,
+    replayed_float_cache,
+    running,
+)
+from tiny_models import prompt
+from tq_backend.cli.engine import Engine, counters
+
+CONTEXT = 512
+OPTIONS = {
+    "dtype": "float32",
+    "context": CONTEXT,
+    "block_size": 32,
+    "max_num_batched_tokens": 128,
+    "enable_prefix_caching": True,
+    "skip_tokenizer_init": True,
+}
+# Layers with a recurrent state: vLLM's CPU kernel for them takes bfloat16 only, and prefixes are cached at the ends of long blocks.
+RECURRENT = {"dtype": "bfloat16", "enable_prefix_caching": False, "max_num_batched_tokens": CONTEXT + 1}
+OWN_OPTIONS = {"qwen3_next": RECURRENT}
+# Two float32 implementations of one attention, as in test_engine.py.
+TOLERANCE = 1e-4
+OWN_TOLERANCE = {"qwen3_next": 0.05}  # bfloat16 rounds at 0.004 of each activation; 0.015 was seen
+DTYPE = "turboquant_4bit_nc"
+
+
+def observe(engine: Engine) -> Seen:
+    """Prompts several windows and chunks long, decodes beside them, and a prefix hit in a mixed batch."""
+    first = prompt(300, seed=1)
+    return observe_rounds(
+        engine,
+        [first, prompt(17, seed=2), prompt(45, seed=3), prompt(1, seed=4)],
+        [first[:200] + prompt(60, seed=5), prompt(30, seed=6), first],
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def options_of(name, folder) -> dict:
+    return OPTIONS | OWN_OPTIONS.get(name, {}) | {"model": tiny_models.make(name, folder)}
+
+
+@pytest.mark.parametrize("name", tiny_models.ARCHITECTURES)
+def test_float_pages_equal_the_stock_engine(name, folder):
+    options = options_of(name, folder)
+    with running(None, **options) as engine:
+        before = counters()
+        stock = observe(engine)
+        assert counters() == before, "the stock engine must not run our kernels"
+    with raw_pages(), running(DTYPE, **options) as engine:
+        before = counters()["attend_calls"]
+        ours = observe(engine)
+        assert counters()["attend_calls"] > before
+    print(name, "hits", ours.hit_tokens, "difference", largest_difference(ours, stock))
+    assert ours.hit_tokens == stock.hit_tokens
+    assert ours.tokens == stock.tokens
+    assert largest_difference(ours, stock) < OWN_TOLERANCE.get(name, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_skipped_layers_are_aligned_with_those_that_share_their_cache(name, folder):
+    """Layers 0 and 7 keep the native cache, 7 reads the cache of 3, and so does 5."""
+    options = options_of(name, folder)
+    with running(None, **options) as engine:
+        stock = observe(engine)
+    skip = {"turboquant": {"skip_layers": [0, 7]}}
+    with raw_pages(), running(DTYPE, **options, additional_config=skip) as engine:
+        before = counters()["attend_calls"]
+        ours = observe(engine)
+        assert counters()["attend_calls"] > before
+        kinds = {i: layer.kv_cache_dtype for i, layer in enumerate(attention_layers(engine))}
+    assert [i for i, kind in kinds.items() if kind == "auto"] == [0, 3, 5, 7]
+    assert largest_difference(ours, stock) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma4", "gpt_oss", "qwen3_next", "head_dim_48"])
+def test_compressed_pages_equal_the_reference_codec(name, folder):
+    """See test_engine.py. One layer is native, so that pages of several formats and sizes share one pool."""
+    skip = {"turboquant": {"skip_layers": [1 if name == "qwen3_next" else 0]}}
+    options = options_of(name, folder) | {"additional_config": skip, "enable_prefix_caching": False}
+    record = []
+    with recorded_codec(DTYPE, record), running(DTYPE, **options) as engine:
+        ours = observe(engine)
+    with replayed_float_cache(DTYPE, record), running(DTYPE, **options) as engine:
+        reference = observe(engine)
+    print(name, "calls", len(record), "difference", largest_difference(ours, reference))
+    assert record
+    assert ours.tokens == reference.tokens
+    assert largest_difference(ours, reference) < OWN_TOLERANCE.get(name, 0.02)

@@ -1,0 +1,97 @@
+"""Checkpoints of real architectures with few, small layers and random weights, made from their public configuration classes.
+
+Weights are large (standard deviation 0.2) and windows short, so that attention decides the output: one key more or less moves log
+probabilities by far more than the tolerance of a comparison.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+VOCABULARY = 256
+SEED = 20261125
+BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+}
+WINDOW = 40
+PER_LAYER_INPUTS = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16}
+# Layers 4 to 7 read the caches of 2 (window) and 3 (full).
+SHARING = {
+    "num_hidden_layers": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 4,
+    "num_kv_shared_layers": 4,
+    "sliding_window": WINDOW,
+}
+LINEAR_ATTENTION = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    # vLLM's CPU kernel takes no smaller one.
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# name: (configuration class, its arguments)
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", BASE),
+    "gemma2": (
+        "Gemma2Config",
+        BASE | {"sliding_window": WINDOW, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 32},
+    ),
+    "gemma3": ("Gemma3TextConfig", BASE | {"sliding_window": WINDOW, "query_pre_attn_scalar": 32}),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        BASE
+        | PER_LAYER_INPUTS
+        | SHARING
+        | {"altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 8},
+    ),
+    "gemma4": ("Gemma4TextConfig", BASE | PER_LAYER_INPUTS | SHARING | {"global_head_dim": 64}),
+    "gpt_oss": (
+        "GptOssConfig",
+        BASE | {"num_hidden_layers": 4, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        BASE | LINEAR_ATTENTION | EXPERTS | {"shared_expert_intermediate_size": 32},
+    ),
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 4, "n_head": 4, "initializer_range": 0.2},
+    ),
+    # 48 is no power of two.
+    "head_dim_48": ("LlamaConfig", BASE | {"head_dim": 48}),
+}
+
+
+def make(name: str, folder: Path) -> Path:
+    """Writes the checkpoint to folder / name; the weights are the same each time."""
+    config_class, arguments = ARCHITECTURES[name]
+    torch.manual_seed(SEED)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config_class)(**arguments), dtype=torch.float32
+    )
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("sinks"):  # zeros would be no sinks
+                parameter.copy_(torch.linspace(-1.0, 2.0, parameter.numel()))
+    model.save_pretrained(folder / name)
+    return folder / name
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (length,), generator=generator).tolist()
