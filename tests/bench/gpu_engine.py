@@ -180,6 +180,8 @@ def steps(args: argparse.Namespace) -> int:
             figures[cache], gpu = in_own_process(cache, args)
         except subprocess.CalledProcessError as error:
             failed.append(f"{cache} (exit code {error.returncode})")
+        if args.json and figures:  # after each: a lent machine may not last
+            write_results(args.json, [row for found in figures.values() for row in found], gpu)
     rows = with_baselines(figures)
     for row in rows:
         print(f"{row.figure:70s} {row.value:12g} {row.unit:9s} {row.baseline}")
