@@ -289,14 +289,11 @@ def test_layers_get_routes_in_raw_mode_only(monkeypatch):
         )  # fmt: skip
 
     limits = Limits(64, 32)
-    for current in (None, "compressed"):
-        impl, made = layer(), builder(current)
-        assert (
-            TurboQuantMetadataBuilder._route_prefill(made, [impl]) == 0
-            and impl.prefill_route is None
-            and made.thresholds == []
-        )
     with stock_attention.prefill_route(limits):
+        for current in (None, "compressed"):
+            impl, made = layer(), builder(current)
+            assert TurboQuantMetadataBuilder._route_prefill(made, [impl]) == 0
+            assert impl.prefill_route is None and made.plan_keys == set() and made.thresholds == []
         impls, made = [layer(), layer(sliding_window=24), layer()], builder("raw")
         assert TurboQuantMetadataBuilder._route_prefill(made, impls) == workspace_size(
             impls[0].prefill_route.geometry, limits

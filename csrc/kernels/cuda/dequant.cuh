@@ -82,55 +82,50 @@ __global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_c
   const int64_t group = warp / layout.num_kv_heads;
   const int head = static_cast<int>(warp - group * layout.num_kv_heads);
   const int64_t num_rows = min(d.num_tokens, int64_t{d.token_start_loc[d.num_seqs]});
-  if (group * kRows >= num_rows) return;
-
-  // One search per warp; the few rows behind the first walk on from its sequence.
-  int seq = sequence_of(d.token_start_loc, d.num_seqs, static_cast<int>(group * kRows));
   const int64_t capacity = int64_t{d.max_blocks_per_seq} * layout.block_size;
-  const bool keys = d.key_out != nullptr, values = d.value_out != nullptr;
-  RawUnit<F::kKeyBits> key[kUnroll];
-  RawUnit<F::kValueBits> value[kUnroll];
-  float norm[kUnroll], scale[kUnroll], zero[kUnroll];
+  if (group * kRows >= num_rows || capacity == 0) return;
+
+  // Where the rows are. One search per warp; the few rows behind the first walk on from its sequence.
+  int seq = sequence_of(d.token_start_loc, d.num_seqs, static_cast<int>(group * kRows));
+  const uint8_t* atom[kUnroll];
+  int t[kUnroll];
   bool valid[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t row = group * kRows + u * kVectors + lane / kLanes;
     while (seq + 1 < d.num_seqs && d.token_start_loc[seq + 1] <= row) ++seq;
     const int start = d.token_start_loc[seq];
-    const int at = static_cast<int>(row) - start;
     const int count = d.token_counts != nullptr ? d.token_counts[seq] : d.token_start_loc[seq + 1] - start;
-    const int token = d.first_tokens[seq] + at;
-    // What lies outside the sequence's blocks is no token: a wrong table must not become a wild read.
+    const int64_t at = row - start, token = d.first_tokens[seq] + at;
     valid[u] = row < num_rows && at >= 0 && at < count && token >= 0 && token < capacity;
-    norm[u] = scale[u] = zero[u] = 0.0f;
-    key[u].load(nullptr, kLanes, 0);
-    value[u].load(nullptr, kLanes, 0);
-    if (!valid[u]) continue;
-    const uint8_t* atom = token_atom(d.cache, d.block_table + seq * d.block_table_stride, head, token);
-    const int t = token % kAtomTokens;
-    if (keys) {
-      key[u].load(atom + layout.key_row_offset(t), part, layout.head_dim);
-      if constexpr (F::kKeyBits != 8) norm[u] = load_half(atom + layout.key_norm_offset(t));
-    }
-    if (values) {
-      value[u].load(atom + layout.value_row_offset(t), part, layout.head_dim_v);
-      scale[u] = load_half(atom + layout.value_scale_offset(t));
-      zero[u] = load_half(atom + layout.value_zero_offset(t));
-    }
+    // What lies outside the sequence's blocks is no token, but all lanes load: without branches in between, all loads
+    // are under way before the first is waited for.
+    const int safe = valid[u] ? static_cast<int>(token) : 0;
+    atom[u] = token_atom(d.cache, d.block_table + seq * d.block_table_stride, head, safe);
+    t[u] = safe % kAtomTokens;
   }
-  const int block = hadamard_block_of(part, layout.head_dim);
-  const float unit = p.book.unit * rsqrtf(static_cast<float>(layout.head_dim));
+
+  if (d.key_out != nullptr) {
+    RawUnit<F::kKeyBits> unit[kUnroll];
+    [[maybe_unused]] __half norm[kUnroll];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int64_t row = group * kRows + u * kVectors + lane / kLanes;
-    float x[16];
-    if (keys) {
-      key[u].key_floats(p.book, x);
+    for (int u = 0; u < kUnroll; ++u) {
+      unit[u].load(atom[u] + layout.key_row_offset(t[u]), part, layout.head_dim);
+      if constexpr (F::kKeyBits != 8) {
+        norm[u] = *reinterpret_cast<const __half*>(atom[u] + layout.key_norm_offset(t[u]));
+      }
+    }
+    const bool holds = 16 * part < layout.head_dim;
+    const int block = hadamard_block_of(part, layout.head_dim);
+    const float level = p.book.unit * rsqrtf(static_cast<float>(layout.head_dim));
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float x[16];
+      unit[u].key_floats(p.book, x);
       float factor = kFp8Scale;
       if constexpr (F::kKeyBits != 8) {
-        factor = norm[u] * unit;
+        factor = __half2float(norm[u]) * level;
         if (!d.keep_rotated) {
-          const bool holds = 16 * part < layout.head_dim;
 #pragma unroll
           for (int i = 0; i < 16; ++i) x[i] = holds ? x[i] : 0.0f;
           hadamard_lanes<kLanes>(x, part, block);
@@ -139,15 +134,29 @@ __global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_c
       }
 #pragma unroll
       for (int i = 0; i < 16; ++i) x[i] *= factor;
+      const int64_t row = group * kRows + u * kVectors + lane / kLanes;
       store_row<kLanes>(d.dtype, d.key_out, (row * layout.num_kv_heads + head) * layout.head_dim, part, layout.head_dim,
                         x, p.vector_out, valid[u]);
     }
-    if (values) {
-      value[u].value_floats(scale[u], zero[u], x);
+  }
+  if (d.value_out != nullptr) {
+    RawUnit<F::kValueBits> unit[kUnroll];
+    __half scale[kUnroll], zero[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      unit[u].load(atom[u] + layout.value_row_offset(t[u]), part, layout.head_dim_v);
+      scale[u] = *reinterpret_cast<const __half*>(atom[u] + layout.value_scale_offset(t[u]));
+      zero[u] = *reinterpret_cast<const __half*>(atom[u] + layout.value_zero_offset(t[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float x[16];
+      unit[u].value_floats(__half2float(scale[u]), __half2float(zero[u]), x);
       if (d.dtype == Dtype::kF16) {  // scale and zero are fp16, but their sum may round up past its range
 #pragma unroll
         for (int i = 0; i < 16; ++i) x[i] = fminf(x[i], 65504.0f);
       }
+      const int64_t row = group * kRows + u * kVectors + lane / kLanes;
       store_row<kLanes>(d.dtype, d.value_out, (row * layout.num_kv_heads + head) * layout.head_dim_v, part,
                         layout.head_dim_v, x, p.vector_out, valid[u]);
     }
@@ -164,31 +173,40 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const __grid_con
   const int64_t count = r.num_tokens * r.num_heads;
   if (warp * kVectors * kUnroll >= count) return;
   const bool holds = 16 * part < r.head_dim;
-  float x[kUnroll][16];
-  int64_t out[kUnroll];
+  int64_t from[kUnroll], to[kUnroll];
   bool valid[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t vector = (warp * kUnroll + u) * kVectors + lane / kLanes;
     valid[u] = vector < count;
-    const int64_t token = vector / r.num_heads, head = vector - token * r.num_heads;
-    out[u] = token * r.out_token_stride + head * r.out_head_stride;
+    const int64_t safe = valid[u] ? vector : count - 1;
+    const int64_t token = safe / r.num_heads, head = safe - token * r.num_heads;
+    from[u] = token * r.x_token_stride + head * r.x_head_stride + (holds ? 16 * part : 0);
+    to[u] = token * r.out_token_stride + head * r.out_head_stride;
+  }
+  uint32_t words[kUnroll][8];
+  if (p.vector_x) {  // all loads before the first is waited for, as above
 #pragma unroll
-    for (int i = 0; i < 16; ++i) x[u][i] = 0.0f;
-    if (valid[u] && holds) {
-      load_16(x[u], r.dtype, r.x, token * r.x_token_stride + head * r.x_head_stride + 16 * part, p.vector_x);
-    }
+    for (int u = 0; u < kUnroll; ++u) load_words(words[u], static_cast<const uint16_t*>(r.x) + from[u]);
   }
   const int block = hadamard_block_of(part, r.head_dim);
   const float factor = rsqrtf(static_cast<float>(block));
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    if (r.rotates) {
-      hadamard_lanes<kLanes>(x[u], part, block);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) x[u][i] *= factor;
+    float x[16];
+    if (p.vector_x) {
+      widen_16(x, r.dtype, words[u]);
+    } else {
+      load_16(x, r.dtype, r.x, from[u], false);
     }
-    store_row<kLanes>(r.dtype, r.out, out[u], part, r.head_dim, x[u], p.vector_out, valid[u]);
+    if (r.rotates) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) x[i] = holds ? x[i] : 0.0f;
+      hadamard_lanes<kLanes>(x, part, block);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) x[i] *= factor;
+    }
+    store_row<kLanes>(r.dtype, r.out, to[u], part, r.head_dim, x, p.vector_out, valid[u]);
   }
 }
 

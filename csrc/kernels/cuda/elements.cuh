@@ -20,6 +20,23 @@ TQ_DEVICE uint32_t pack_bfloat2(float a, float b) {
 }
 TQ_DEVICE float2 unpack_bfloat2(uint32_t u) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&u)); }
 
+// 16 elements of a 16-bit dtype, as eight words, to floats.
+TQ_DEVICE void widen_16(float (&x)[16], Dtype dtype, const uint32_t (&w)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 f = dtype == Dtype::kF16 ? unpack_half2(w[j]) : unpack_bfloat2(w[j]);
+    x[2 * j] = f.x;
+    x[2 * j + 1] = f.y;
+  }
+}
+
+// The eight words of 16 elements of a 16-bit dtype, by two 16-byte loads.
+TQ_DEVICE void load_words(uint32_t (&w)[8], const uint16_t* p) {
+  const uint4 a = *reinterpret_cast<const uint4*>(p);
+  const uint4 b = *reinterpret_cast<const uint4*>(p + 8);
+  w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
+}
+
 // 16 elements from element i of base. vector: base and i are such that 16-byte loads are aligned.
 TQ_DEVICE void load_16(float (&x)[16], Dtype dtype, const void* base, int64_t i, bool vector) {
   if (dtype == Dtype::kF32) {
@@ -31,19 +48,12 @@ TQ_DEVICE void load_16(float (&x)[16], Dtype dtype, const void* base, int64_t i,
   const uint16_t* p = static_cast<const uint16_t*>(base) + i;
   uint32_t w[8];
   if (vector) {
-    const uint4 a = *reinterpret_cast<const uint4*>(p);
-    const uint4 b = *reinterpret_cast<const uint4*>(p + 8);
-    w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
+    load_words(w, p);
   } else {
 #pragma unroll
     for (int j = 0; j < 8; ++j) w[j] = p[2 * j] | uint32_t{p[2 * j + 1]} << 16;
   }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float2 f = dtype == Dtype::kF16 ? unpack_half2(w[j]) : unpack_bfloat2(w[j]);
-    x[2 * j] = f.x;
-    x[2 * j + 1] = f.y;
-  }
+  widen_16(x, dtype, w);
 }
 
 TQ_DEVICE void store_element(Dtype dtype, void* base, int64_t i, float x) {

@@ -73,6 +73,7 @@ class PrefillRoute:
         self.ops, self.format_id, self.rotates = ops, format_id, rotates
         self.geometry, self.limits, self.scale = geometry, limits, scale
         self.stock, self.merge = stock, merge
+        self._buffers: Buffers | None = None
 
     @property
     def plan_key(self) -> tuple[int, Limits]:
@@ -94,7 +95,9 @@ class PrefillRoute:
     ) -> None:
         """Writes the plan's rows of out. query [tokens, heads, dim], key, value [tokens, kv_heads, dim], out [tokens, heads, dim_v]
         and block_table [seqs, blocks] are the whole batch's; sinks: float32 [heads]; workspace: uint8, workspace_size() of it."""
-        buffers = Buffers(self.geometry, self.limits, workspace)
+        if self._buffers is None or self._buffers.workspace is not workspace:
+            self._buffers = Buffers(self.geometry, self.limits, workspace)
+        buffers = self._buffers
         for part in plan.slices:
             rotated = query[part.queries[0] : part.queries[1]]
             if self.rotates and any(call.decode is not None for call in part.calls):

@@ -54,7 +54,7 @@ class Buffers:
 
     def __init__(self, g: Geometry, limits: Limits, workspace: torch.Tensor | None) -> None:
         self.num_bytes = 0
-        self._workspace = workspace
+        self.workspace = workspace
         self.keys = self._take((limits.piece_tokens, g.num_kv_heads, g.head_dim), g.dtype)
         self.values = self._take((limits.piece_tokens, g.num_kv_heads, g.head_dim_v), g.dtype)
         self.queries = self._take((limits.slice_tokens, g.num_heads, g.head_dim), g.dtype)
@@ -66,9 +66,9 @@ class Buffers:
         for n in shape:
             size *= n
         at, self.num_bytes = self.num_bytes, self.num_bytes + -(-size // ALIGNMENT) * ALIGNMENT
-        if self._workspace is None:
+        if self.workspace is None:
             return torch.empty(0, dtype=dtype)
-        return self._workspace[at : at + size].view(dtype).view(shape)
+        return self.workspace[at : at + size].view(dtype).view(shape)
 
 
 def workspace_size(g: Geometry, limits: Limits) -> int:
@@ -81,9 +81,8 @@ class Decode:
 
     seqs: tuple[int, int]  # rows [first, end) of the block table
     rows: int  # of the piece that are used
-    raw: list[
-        tuple[int, int, int]
-    ]  # rows [first, end) of the batch's keys and values, and the row of the piece for the first
+    # Rows [first, end) of the batch's keys and values, and the row of the piece where the first of them goes.
+    raw: list[tuple[int, int, int]]
     first_tokens: torch.Tensor = field(init=False)
     token_start_loc: torch.Tensor = field(init=False)
     token_counts: torch.Tensor | None = field(init=False, default=None)
@@ -98,7 +97,7 @@ class Call:
     max_key_len: int
     causal: bool
     decode: Decode | None  # None: the keys and values are rows of the batch
-    keys: tuple[int, int]  # those rows
+    keys: tuple[int, int]  # those rows; with a decode, Decode.raw says what of the batch is read
     merges: bool  # with what the calls before it left in the same rows of the output
     last: bool  # of these rows
     query_start_loc: torch.Tensor = field(init=False)
@@ -195,22 +194,21 @@ class _Planner:
         self.window, self.limits = window, limits
         self.tables = _Tables()
         self.slices: list[Slice] = []
-        self._sliced = 0  # query rows of the last slice; 0: it is closed
+        self._sliced = 0  # query rows of the last slice that may need its buffers; 0: the next unit begins another
         self._open: list[Unit] = []  # that go into one call
 
     def add(self, seq: int, row: int, count: int, prefix: int) -> bool:
+        """A sequence behind the ones before. False if it cannot be served."""
         if prefix < 0:
             return False
         if self._first(0, prefix) == prefix:  # the whole chunk sees no prefix
             unit = Unit(seq, row, 0, count, prefix, prefix)
-            if not (self._open and self._is_raw(self._open[-1]) and self._open[-1].seq == seq - 1):
+            if not (self._open and self._is_raw(self._open[-1])):
                 self.flush()
                 self.slices.append(Slice((row, row), []))
             self._extend_slice(row + count)
             self._open.append(unit)
             return True
-        if self._open and self._is_raw(self._open[-1]):
-            self.flush()
         begin = 0
         while begin < count:
             if self._sliced in (0, self.limits.slice_tokens):
@@ -241,6 +239,7 @@ class _Planner:
         self.slices[-1].queries = (self.slices[-1].queries[0], end)
 
     def _place(self, unit: Unit) -> bool:
+        """Into the open call, or into calls of its own."""
         piece = self.limits.piece_tokens
         if unit.decoded > 0 and unit.decoded + unit.end <= piece:
             used = sum(u.decoded + u.end for u in self._open)
@@ -251,9 +250,8 @@ class _Planner:
         if unit.decoded > 0 and self.window:
             return False
         self._close_call()
-        rest = (
-            unit.prefix
-        )  # where the first call begins; all of the prefix is in pieces if the chunk alone does not fit into one
+        # Where the first call begins. If the chunk alone does not fit into a piece, all of the prefix is in the others.
+        rest = unit.prefix
         if unit.decoded > 0 and unit.end <= piece:
             rest = min(rest, -(-(unit.prefix + unit.end - piece) // piece) * piece)
         pieces = [(at, min(at + piece, rest)) for at in range(unit.first, rest, piece)]
