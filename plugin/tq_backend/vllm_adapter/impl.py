@@ -127,5 +127,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             None,
             m.workspace,
             m.max_query_len,
+            m.mm_prefix_range_tensor,
         )
         return output

@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import (
 
 from tq_backend._library import device_index, native, torch_ops
 from tq_backend.vllm_adapter import formats
+from tq_backend.vllm_adapter.spans import spans_of_batch
 from tq_backend.vllm_adapter.tolerance import pass_over
 
 logger = logging.getLogger("vllm.tq_backend")
@@ -34,6 +35,9 @@ class TurboQuantMetadata(AttentionMetadata):
     causal: bool
     max_query_len: int  # upper bound over the batch, or over all batches that a captured graph may be replayed for
     workspace: torch.Tensor  # uint8
+    # Bidirectional spans, int32 [num_reqs, max_spans, 2], or None. Gemma 4 sets the attribute of this name to None for its layers
+    # with full attention.
+    mm_prefix_range_tensor: torch.Tensor | None = None
 
 
 def check_shared_caches(layers: dict[str, Any]) -> None:
@@ -69,6 +73,11 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         scheduler = vllm_config.scheduler_config
+        # Gemma 4 clamps an image to the window; up to the window's length that changes nothing.
+        self.longest_span = max(
+            (x.impl.sliding_window for x in layers.values() if getattr(x, "mm_prefix_clamp_sliding_window", False)),
+            default=0,
+        )
         needed = 0
         for impl in {id(layer.impl): layer.impl for layer in layers.values()}.values():
             impl.per_head_floats(device)
@@ -96,6 +105,13 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             kv_cache_spec.block_size,
         )
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """A captured graph has no spans. A decode needs none, since all images lie before it; a prefill does."""
+        if vllm_config.model_config.is_mm_prefix_lm:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return cls._cudagraph_support
+
     def build(
         self,
         common_prefix_len: int,
@@ -120,4 +136,10 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             causal=bool(causal),
             max_query_len=common.max_query_len,
             workspace=self._workspaces[self.device],
+            mm_prefix_range_tensor=spans_of_batch(
+                getattr(common, "mm_req_doc_ranges", None),
+                common.seq_lens.shape[0],
+                self.device,
+                self.longest_span,
+            ),
         )
