@@ -235,9 +235,6 @@ Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* o
     return invalid("max_spans is " + text(args.max_spans) + " and spans is " +
                    (args.spans == nullptr ? "NULL" : "not NULL") + "; both must be given, or neither");
   }
-  if (host_tables && args.spans != nullptr) {
-    return {TQ_UNIMPLEMENTED, "spans is not NULL; the CPU kernels do not serve bidirectional spans yet"};
-  }
   if (args.num_seqs > 0) {
     TQ_RETURN_IF_ERROR(check_not_null("query_start_loc", args.query_start_loc));
     TQ_RETURN_IF_ERROR(check_not_null("seq_lens", args.seq_lens));

@@ -31,6 +31,7 @@ Config random_config(std::mt19937& rng) {
   c.soft_cap = pick(rng, {0.0f, 0.0f, 5.0f, 30.0f});
   c.sinks = pick(rng, {false, false, true});
   c.alibi = pick(rng, {false, false, true});
+  c.max_spans = pick(rng, {0, 0, 0, 1, 3});
   const int num_seqs = std::uniform_int_distribution<int>(1, 4)(rng);
   for (int i = 0; i < num_seqs; ++i) {
     const int n = pick(rng, {0, 1, 15, 16, 17, 63, 64, 65, 130, 200});

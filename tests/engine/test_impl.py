@@ -16,6 +16,7 @@ import stock_attention
 import torch
 from engines import raw_pages
 from tq_backend._library import native, torch_ops
+from tq_backend.vllm_adapter import metadata as metadata_module
 from tq_backend.vllm_adapter.impl import TurboQuantImpl
 from tq_backend.vllm_adapter.metadata import (
     TurboQuantMetadata,
@@ -25,6 +26,7 @@ from tq_backend.vllm_adapter.metadata import (
 )
 from tq_backend.vllm_adapter.prefill import PrefillRoute
 from tq_backend.vllm_adapter.prefill_plan import Geometry, Limits, workspace_size
+from tq_backend.vllm_adapter.spans import spans_of_batch
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 64, 32
 SCALE = HEAD_DIM**-0.5
@@ -107,7 +109,7 @@ def layer(**options) -> TurboQuantImpl:
     return impl
 
 
-def metadata(causal: bool = True) -> TurboQuantMetadata:
+def metadata(causal: bool = True, images: dict | None = None) -> TurboQuantMetadata:
     raw = native().format_by_name("raw_f32")["format_id"]
     size = torch_ops().workspace_size(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, raw, sum(QUERY_LENS), len(SEQ_LENS))
     return TurboQuantMetadata(
@@ -120,14 +122,15 @@ def metadata(causal: bool = True) -> TurboQuantMetadata:
         causal=causal,
         max_query_len=max(QUERY_LENS),
         workspace=torch.empty(size, dtype=torch.uint8),
+        mm_prefix_range_tensor=spans_of_batch(images, len(SEQ_LENS), torch.device("cpu")),
     )
 
 
-def ours(tensors, layout: str = "LBHNC", causal: bool = True, **options) -> torch.Tensor:
+def ours(tensors, layout: str = "LBHNC", causal: bool = True, images: dict | None = None, **options) -> torch.Tensor:
     query, key, value = tensors
     impl, cache, out = layer(**options), empty_cache(layout), torch.empty_like(query)
     impl.do_kv_cache_update(None, key, value, cache, slots())
-    return impl.forward(None, query, None, None, cache, metadata(causal), out)
+    return impl.forward(None, query, None, None, cache, metadata(causal, images), out)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,68 @@ def ours(tensors, layout: str = "LBHNC", causal: bool = True, **options) -> torc
 )
 def test_options_mean_what_the_stock_kernel_means(tensors, options):
     torch.testing.assert_close(ours(tensors, **options), stock(tensors, **options), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# By request, first and last position, as vLLM has them: behind a decode; inside a prompt; one that begins in cached pages, one
+# whose end a later chunk brings.
+IMAGES = {0: [(10, 30)], 1: [(3, 12)], 2: [(50, 70), (90, 119)]}
+
+
+def in_double(tensors, window: int, images: dict) -> torch.Tensor:
+    """Attention as it is defined, one query at a time."""
+    query, key, value = (x.double() for x in tensors)
+    out, first_query, first_key = torch.empty_like(query), 0, 0
+    for request, (query_len, seq_len) in enumerate(zip(QUERY_LENS, SEQ_LENS, strict=True)):
+        k, v = (x[first_key : first_key + seq_len].repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
+        token = torch.arange(seq_len)
+        for i in range(query_len):
+            position = seq_len - query_len + i
+            seen = (token <= position) & (token > position - (window or seq_len))
+            for first, last in images[request]:
+                if first <= position <= last:
+                    seen |= (token >= first) & (token <= last)
+            score = torch.einsum("hd,thd->ht", query[first_query + i], k) * SCALE
+            weight = score.masked_fill(~seen, -torch.inf).softmax(-1)
+            out[first_query + i] = torch.einsum("ht,thd->hd", weight, v)
+        first_query, first_key = first_query + query_len, first_key + seq_len
+    return out
+
+
+@pytest.mark.parametrize("window", [0, 16])
+def test_images_are_seen_in_both_directions(tensors, window):
+    """In a decode, a prefill and a chunk; vLLM's stock CPU kernel has no such spans."""
+    got = ours(tensors, images=IMAGES, sliding_window=window).double()
+    torch.testing.assert_close(got, in_double(tensors, window, IMAGES), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_spans_of_a_batch():
+    device = torch.device("cpu")
+    assert spans_of_batch(None, 2, device) is None
+    assert spans_of_batch({0: [], 5: [(1, 2)]}, 2, device) is None
+    assert spans_of_batch({1: [(3, 12), (20, 20)]}, 2, device).tolist() == [[[0, 0], [0, 0]], [[3, 13], [20, 21]]]
+    assert spans_of_batch({0: [(3, 12), (20, 30)]}, 1, device, longest=10).tolist() == [[[3, 13]]]
+
+
+@pytest.mark.parametrize(("clamped", "spans"), [(False, [[3, 13], [20, 60]]), (True, [[3, 13]])])
+def test_the_builder_hands_images_on(monkeypatch, clamped, spans):
+    """Gemma 4 clamps an image to the window of a layer; one that is longer is left causal, as vLLM does for other models."""
+    a_layer = SimpleNamespace(
+        impl=layer(sliding_window=16), mm_prefix_clamp_sliding_window=clamped, kv_sharing_target_layer_name=None
+    )
+    monkeypatch.setattr(metadata_module, "get_layers_from_vllm_config", lambda *_: {"0": a_layer})
+    scheduler = SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=1)
+    builder = metadata_module.TurboQuantMetadataBuilder(
+        SimpleNamespace(state_content_size_bytes=70, block_size=BLOCK_SIZE),
+        ["0"],
+        SimpleNamespace(scheduler_config=scheduler),
+        torch.device("cpu"),
+    )
+    ints = torch.tensor([64], dtype=torch.int32)
+    common = SimpleNamespace(
+        num_actual_tokens=64, query_start_loc=ints, seq_lens=ints, block_table_tensor=ints, slot_mapping=ints,
+        max_query_len=64, mm_req_doc_ranges={0: [(3, 12), (20, 59)]},
+    )  # fmt: skip
+    assert builder.build(0, common).mm_prefix_range_tensor.tolist() == [spans]
 
 
 def test_sinks_follow_their_weights_in_place(tensors):

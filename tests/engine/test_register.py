@@ -104,7 +104,11 @@ def test_what_a_gpu_platform_asks_the_backend():
     assert reasons("turboquant_4bit_nc", (9, 0), 24) == ["block_size not supported"]
     assert reasons("auto", (9, 0)) == ["kv_cache_dtype not supported"]
     assert reasons("turboquant_4bit_nc", (9, 0), use_mla=True) == ["MLA not supported"]
-    assert Backend.get_builder_cls().get_cudagraph_support(None, None) == AttentionCGSupport.ALWAYS
+    assert reasons("turboquant_4bit_nc", (9, 0), use_mm_prefix=True) == []
+    builder = Backend.get_builder_cls()
+    for spans, support in ((False, AttentionCGSupport.ALWAYS), (True, AttentionCGSupport.UNIFORM_BATCH)):
+        model = SimpleNamespace(is_mm_prefix_lm=spans)
+        assert builder.get_cudagraph_support(SimpleNamespace(model_config=model), None) == support
 
 
 @pytest.mark.parametrize(

@@ -51,14 +51,16 @@ std::vector<Tile> make_tiles(const AttendParams& p) {
   std::vector<Tile> tiles;
   for (int seq = 0; seq < p.num_seqs; ++seq) {
     const int query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
-    const int64_t seq_len = p.seq_lens[seq];
     // The last tiles of a causal prefill see most, so they go first.
     for (int first = (query_len - 1) / tile_tokens * tile_tokens; query_len > 0 && first >= 0; first -= tile_tokens) {
       const int count = std::min(tile_tokens, query_len - first);
-      const int64_t begin = visible_range(p, seq_len, query_len, first).begin;
-      const int64_t end = visible_range(p, seq_len, query_len, first + count - 1).end;
+      KvRange seen = visible_range(p, seq, query_len, first);
+      for (int q = first + 1; q < first + count; ++q) {
+        const KvRange range = visible_range(p, seq, query_len, q);
+        seen = {std::min(seen.begin, range.begin), std::max(seen.end, range.end)};
+      }
       for (int head = 0; head < kv_heads; ++head) {
-        tiles.push_back({{&p, seq, head, first, count, begin / kAtomTokens * kAtomTokens, end, nullptr}});
+        tiles.push_back({{&p, seq, head, first, count, seen.begin / kAtomTokens * kAtomTokens, seen.end, nullptr}});
       }
     }
   }
@@ -70,7 +72,7 @@ uint64_t count_kv_reads(const AttendParams& p) {
   for (int seq = 0; seq < p.num_seqs; ++seq) {
     const int64_t query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
     for (int64_t q = 0; q < query_len; ++q) {
-      const KvRange range = visible_range(p, p.seq_lens[seq], query_len, q);
+      const KvRange range = visible_range(p, seq, query_len, q);
       reads += static_cast<uint64_t>(range.end - range.begin);
     }
   }

@@ -4,6 +4,7 @@
 // pages), over a range of KV tokens. A range that is a part of what the tile sees ("split-KV") leaves a partial result.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/kernels.h"
@@ -37,16 +38,26 @@ struct AttendTask {
   const Partial* partial;  // null: this task sees the whole range and writes out and lse
 };
 
-// The positions that query token q (of the sequence's query_len) of a sequence of seq_len tokens may see: [begin, end).
+// The positions that query token q (of the query_len of sequence seq, with seq_len tokens) may see: [begin, end). The
+// causal range and each bidirectional span that q lies in contain q itself, so that together they are one range. A span
+// may end behind the sequence: a chunk of a prefill has only the beginning of an image.
 struct KvRange {
   int64_t begin;
   int64_t end;
 };
-inline KvRange visible_range(const AttendParams& p, int64_t seq_len, int64_t query_len, int64_t q) {
+inline KvRange visible_range(const AttendParams& p, int seq, int64_t query_len, int64_t q) {
+  const int64_t seq_len = p.seq_lens[seq];
   const int64_t position = seq_len - query_len + q;
-  const int64_t end = p.causal ? position + 1 : seq_len;
-  const int64_t begin = p.sliding_window > 0 && position + 1 > p.sliding_window ? position + 1 - p.sliding_window : 0;
-  return {begin, end};
+  KvRange range;
+  range.begin = p.sliding_window > 0 && position + 1 > p.sliding_window ? position + 1 - p.sliding_window : 0;
+  range.end = p.causal ? position + 1 : seq_len;
+  for (int i = 0; i < p.max_spans; ++i) {
+    const int32_t* span = p.spans + (int64_t{seq} * p.max_spans + i) * 2;
+    if (position < span[0] || position >= span[1]) continue;
+    range.begin = std::min<int64_t>(range.begin, std::max(span[0], 0));
+    range.end = std::max(range.end, std::min<int64_t>(span[1], seq_len));
+  }
+  return range;
 }
 
 // Scratch of one thread, carved out of the caller's workspace. Sizes in elements; every array starts at 64 bytes.

@@ -162,4 +162,5 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             None,
             m.workspace,
             max_query_len,
+            m.mm_prefix_range_tensor,
         )

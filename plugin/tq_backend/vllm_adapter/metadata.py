@@ -22,6 +22,7 @@ from tq_backend._library import device_index, native, torch_ops
 from tq_backend.vllm_adapter import formats, prefill
 from tq_backend.vllm_adapter.options import read_options
 from tq_backend.vllm_adapter.prefill_plan import Geometry, Limits, Plan, limits_of, make_plan, workspace_size
+from tq_backend.vllm_adapter.spans import spans_of_batch
 from tq_backend.vllm_adapter.tolerance import pass_over
 
 logger = logging.getLogger("vllm.tq_backend")
@@ -49,6 +50,9 @@ class TurboQuantMetadata(AttentionMetadata):
     num_decodes: int = 0
     num_decode_tokens: int = 0
     max_decode_query_len: int = 0
+    # Bidirectional spans, int32 [num_reqs, max_spans, 2], or None. Gemma 4 sets the attribute of this name to None for its layers
+    # with full attention.
+    mm_prefix_range_tensor: torch.Tensor | None = None
 
 
 def check_shared_caches(layers: dict[str, Any]) -> None:
@@ -85,6 +89,11 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         scheduler = vllm_config.scheduler_config
         impls = list({id(layer.impl): layer.impl for layer in layers.values()}.values())
+        # Gemma 4 clamps an image to the window; up to the window's length that changes nothing.
+        self.longest_span = max(
+            (x.impl.sliding_window for x in layers.values() if getattr(x, "mm_prefix_clamp_sliding_window", False)),
+            default=0,
+        )
         needed = self._route_prefill(impls)
         for impl in impls:
             impl.per_head_floats(device)
@@ -145,6 +154,13 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             self._init_reorder_batch_threshold(MAX_DECODE_QUERY_LEN, supports_spec_as_decode=True)
         return needed
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """A captured graph has no spans. A decode needs none, since all images lie before it; a prefill does."""
+        if vllm_config.model_config.is_mm_prefix_lm:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return cls._cudagraph_support
+
     def build(
         self,
         common_prefix_len: int,
@@ -169,8 +185,14 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             causal=bool(causal),
             max_query_len=common.max_query_len,
             workspace=self._workspaces[self.device],
+            mm_prefix_range_tensor=spans_of_batch(
+                getattr(common, "mm_req_doc_ranges", None),
+                common.seq_lens.shape[0],
+                self.device,
+                self.longest_span,
+            ),
         )
-        if causal and self.plan_keys:
+        if causal and self.plan_keys and metadata.mm_prefix_range_tensor is None:
             plan_prefill(metadata, common, self.plan_keys, self.reorder_batch_threshold or 1)
         return metadata
 

@@ -262,7 +262,7 @@ HWY_ATTR void AttendTaskImpl(const AttendTask& task, const AttendScratch& s) {
     }
     for (int r = 0; r < rows; ++r) {
       const int64_t q = task.first_query + r / group;
-      softmax_row(task, s, r, chunk, tokens, seq_len - query_len + q, visible_range(p, seq_len, query_len, q),
+      softmax_row(task, s, r, chunk, tokens, seq_len - query_len + q, visible_range(p, task.seq, query_len, q),
                   coded_keys);
     }
     const int padded = (tokens + kAtomTokens - 1) / kAtomTokens * kAtomTokens;

@@ -1,0 +1,82 @@
+"""What an engine's Python shows without its kernels: registration, page sizes, selection. Of the installed vLLM, and of the one
+that TQ_VLLM names (a folder with an unpacked wheel; vLLM 0.33 has no CPU build to install)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+INSTALLED, OTHER = "installed", os.environ.get("TQ_VLLM", "")
+
+# A wheel for GPUs finds no platform here, and its CUDA platform opens kernels that do not load; choosing calls none of them.
+ASK = """
+import inspect, json, sys, types
+sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("vllm._C_stable_libtorch")
+import torch, vllm
+from vllm.platforms.cuda import CudaPlatform
+from vllm.platforms.interface import DeviceCapability
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
+from tq_backend.register import register
+from tq_backend.vllm_adapter import formats, patches, probes
+
+probes.PROBES["kernel library of this platform"] = lambda: ""
+register()
+backend = AttentionBackendEnum.TURBOQUANT.get_class()
+from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend as InTree
+
+def page(cls, dtype, dim):
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=2, head_size=dim, dtype=torch.uint8, kv_quant_mode=get_kv_quant_mode(dtype)
+    )
+    return cls.customize_spec(cls.customize_spec(spec)).page_size_bytes
+
+CudaPlatform.get_device_capability = classmethod(lambda cls, *_: DeviceCapability(9, 0))
+chosen = {
+    dtype: CudaPlatform.get_attn_backend_cls(None, AttentionSelectorConfig(128, torch.bfloat16, dtype, None))
+    for dtype in ("auto", "turboquant_4bit_nc")
+}
+print("answer", json.dumps({
+    "version": vllm.__version__,
+    "unmet": probes.unmet(),
+    "path": AttentionBackendEnum.TURBOQUANT.get_path(),
+    "wrapped": hasattr(EngineArgs.create_engine_config, patches.MARK),
+    "abstract": sorted(backend.get_impl_cls().__abstractmethods__ | backend.get_builder_cls().__abstractmethods__),
+    "pages": {f"{d} {n}": [page(c, d, n) for c in (backend, InTree)] for d in formats.CACHE_DTYPES for n in (64, 128, 256, 512)},
+    "chosen": chosen,
+}))
+"""
+
+# Bytes of one token and head, by head_dim.
+SLOTS = {
+    "turboquant_k8v4": {64: 100, 128: 196, 256: 388, 512: 772},
+    "turboquant_4bit_nc": {64: 70, 128: 134, 256: 262, 512: 518},
+    "turboquant_k3v4_nc": {64: 62, 128: 118, 256: 230, 512: 454},
+    "turboquant_3bit_nc": {64: 54, 128: 102, 256: 198, 512: 390},
+}
+
+
+@pytest.mark.parametrize(
+    "where", [INSTALLED, pytest.param(OTHER, marks=pytest.mark.skipif(not OTHER, reason="TQ_VLLM is not set"))]
+)
+def test_registration_page_sizes_and_selection(where):
+    path = ["" if where == INSTALLED else where, os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=False, env=env)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("answer ")]
+    assert lines, done.stdout + done.stderr
+    answer = json.loads(lines[0].removeprefix("answer "))
+    print(answer["version"])
+    assert answer["unmet"] == [] and answer["abstract"] == []
+    assert answer["path"] == "tq_backend.vllm_adapter.backend.TurboQuantBackend"
+    assert answer["wrapped"]
+    want = {f"{d} {n}": [16 * 2 * slot] * 2 for d, slots in SLOTS.items() for n, slot in slots.items()}
+    assert answer["pages"] == want
+    assert answer["chosen"].pop("turboquant_4bit_nc") == answer["path"]
+    assert answer["chosen"] == {"auto": "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"}
