@@ -215,11 +215,13 @@ def generate_from(prompts: list[list[int]], other: dict[str, Any] | None, args: 
 
     on_gpu = torch.cuda.is_available()
     graphs = on_gpu and not args.eager
+    options = cache_options("ours", args.format)
+    options["additional_config"]["turboquant"]["current"] = "compressed"  # as on a CPU
     llm = LLM(
         model=str(MODEL), skip_tokenizer_init=True, dtype=args.dtype, max_model_len=1024, max_num_seqs=8,
         max_num_batched_tokens=256, enable_prefix_caching=True, gpu_memory_utilization=MEMORY, enforce_eager=not graphs,
         **({"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}} if graphs else {}),
-        **cache_options("ours", args.format),
+        **options,
     )  # fmt: skip
     check_what_runs(llm, "ours", graphs)
     params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True, detokenize=False, logprobs=0)

@@ -35,7 +35,8 @@ def counters(device_index: int = -1) -> dict[str, int]:
 
 
 class Engine:
-    """kv_format: a turboquant_* name with every layer compressed, or None for vLLM's stock backend and native cache."""
+    """kv_format: a turboquant_* name, with every layer and every attended token compressed, or None for vLLM's stock backend and
+    native cache."""
 
     def __init__(
         self, model: Path, kv_format: str | None, max_tokens: int, dtype: str = "bfloat16", **options: Any
@@ -45,7 +46,8 @@ class Engine:
         from vllm import LLM
 
         if kv_format is not None:
-            compress_all = {"turboquant": {"skip_layers": []}}
+            # Figures of a format are those of what its pages hold, on a GPU too.
+            compress_all = {"turboquant": {"skip_layers": [], "current": "compressed"}}
             options = {"additional_config": compress_all} | options
             options |= {"attention_backend": "TURBOQUANT", "kv_cache_dtype": kv_format}
         self.llm = LLM(
