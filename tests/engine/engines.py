@@ -135,11 +135,11 @@ def observe_rounds(
 
 
 def largest_difference(a: Seen, b: Seen) -> float:
-    """Over prompt tokens, and over generated ones as long as both engines chose the same."""
-    worst = max(abs(x - y) for x, y in zip(a.prompt, b.prompt, strict=True))
+    """Over prompt tokens, and over generated ones as long as both engines chose the same. NaN if any log probability is."""
+    pairs = list(zip(a.prompt, b.prompt, strict=True))
     for ids_a, ids_b, p, q in zip(a.tokens, b.tokens, a.generated, b.generated, strict=True):
         for i in range(len(ids_a)):
-            worst = max(worst, abs(p[i] - q[i])) if ids_a[i] == ids_b[i] else worst
             if ids_a[i] != ids_b[i]:
                 break
-    return worst
+            pairs.append((p[i], q[i]))
+    return float(torch.tensor([x - y for x, y in pairs], dtype=torch.float64).abs().max())

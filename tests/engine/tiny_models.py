@@ -57,7 +57,9 @@ ARCHITECTURES = {
         BASE
         | PER_LAYER_INPUTS
         | SHARING
-        | {"altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 8},
+        | {"altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 8}
+        # A padding token's embedding is zero, of which Gemma 3n's magnitude ratio makes NaN: no token is one.
+        | {"pad_token_id": None},
     ),
     "gemma4": ("Gemma4TextConfig", BASE | PER_LAYER_INPUTS | SHARING | {"global_head_dim": 64}),
     "gpt_oss": (
