@@ -191,6 +191,7 @@ def test_keywords_of_a_newer_engine_are_passed_over_with_one_line_each(warnings_
     vllm_config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={}),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=1),
+        additional_config={},
     )
     ints = torch.zeros(1, dtype=torch.int32)
     common = SimpleNamespace(

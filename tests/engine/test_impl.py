@@ -203,7 +203,7 @@ def test_the_builder_hands_images_on(monkeypatch, clamped, spans):
     builder = metadata_module.TurboQuantMetadataBuilder(
         SimpleNamespace(state_content_size_bytes=70, block_size=BLOCK_SIZE),
         ["0"],
-        SimpleNamespace(scheduler_config=scheduler),
+        SimpleNamespace(scheduler_config=scheduler, additional_config={}),
         torch.device("cpu"),
     )
     ints = torch.tensor([64], dtype=torch.int32)
