@@ -19,7 +19,7 @@ from tq_backend.vllm_adapter import conflicts, engine_config, patches, tolerance
 from tq_backend.vllm_adapter.backend import TurboQuantBackend
 from tq_backend.vllm_adapter.impl import TurboQuantImpl
 from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
-from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder
+from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder, check_window
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
@@ -144,6 +144,20 @@ def test_another_platform_is_refused(monkeypatch):
     other = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: False, device_name="xpu")
     monkeypatch.setattr(platforms, "_current_platform", other)
     assert "no kernels for xpu" in refused()
+
+
+def test_a_window_that_no_layer_would_take_is_noticed(warnings_said):
+    asked = SimpleNamespace(
+        hf_overrides={"sliding_window": 64}, hf_text_config=SimpleNamespace(layer_types=["full_attention"])
+    )
+    engine_config._set_window(
+        SimpleNamespace(cache_config=SimpleNamespace(sliding_window=None), model_config=asked), None
+    )
+    assert len(warnings_said) == 1 and "set additional_config['turboquant']['sliding_window']" in warnings_said[0]
+    layers = {"a": SimpleNamespace(impl=SimpleNamespace(sliding_window=0))}
+    with pytest.raises(NotImplementedError, match="leaves a without a window"):
+        check_window(layers, 64)
+    check_window(layers, None)
 
 
 OTHER_PLUGIN = "def register():\n    from vllm import a_name_that_is_gone\n"

@@ -95,6 +95,37 @@ def test_float_pages_equal_the_stock_engine(name, folder, freed):
     assert largest_difference(ours, stock) < OWN_TOLERANCE.get(name, TOLERANCE)
 
 
+WINDOW = {"sliding_window": tiny_models.WINDOW}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "stock"),
+    [
+        # LlamaConfig has no such field and keeps what it is given.
+        ("llama", {"hf_overrides": WINDOW}, {"hf_overrides": WINDOW}),
+        # Qwen3Config has made a list of layers with full attention by then, and the override changes nothing.
+        ("qwen3", {"additional_config": {"turboquant": {"skip_layers": [], **WINDOW}}}, {"model": "qwen3_window"}),
+    ],
+    ids=["hf_overrides", "turboquant option"],
+)
+def test_a_window_of_the_users_is_in_force(name, ours, stock, folder, freed):
+    options = options_of(name, folder)
+    if "model" in stock:
+        stock = {"model": tiny_models.make(stock["model"], folder)}
+    with running(None, **(options | stock)) as engine:
+        reference = observe(engine)
+    with raw_pages(), running(DTYPE, **options) as engine:
+        full = observe(engine)
+    assert not any(freed)
+    with raw_pages(), running(DTYPE, **(options | ours)) as engine:
+        poison_freed_pages(engine)
+        windowed = observe(engine)
+    assert any(freed)
+    print(name, "difference", largest_difference(windowed, reference), "to full", largest_difference(windowed, full))
+    assert largest_difference(windowed, reference) < TOLERANCE
+    assert largest_difference(windowed, full) > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
 def test_skipped_layers_are_aligned_with_those_that_share_their_cache(name, folder):
     """Layers 0 and 7 keep the native cache, 7 reads the cache of 3, and so does 5."""

@@ -45,6 +45,12 @@ LINEAR_ATTENTION = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 # name: (configuration class, its arguments)
+WINDOWED = {  # one model whose class takes no window from the user, and as its class makes it with one
+    "qwen3": ("Qwen3Config", BASE),
+    "qwen3_window": (
+        "Qwen3Config", BASE | {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 0}
+    ),
+}  # fmt: skip
 ARCHITECTURES = {
     "llama": ("LlamaConfig", BASE),
     "gemma2": (
@@ -81,7 +87,7 @@ ARCHITECTURES = {
 
 def make(name: str, folder: Path) -> Path:
     """Writes the checkpoint to folder / name; the weights are the same each time."""
-    config_class, arguments = ARCHITECTURES[name]
+    config_class, arguments = (ARCHITECTURES | WINDOWED)[name]
     torch.manual_seed(SEED)
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, config_class)(**arguments), dtype=torch.float32

@@ -71,6 +71,16 @@ def check_shared_caches(layers: dict[str, Any]) -> None:
             )
 
 
+def check_window(layers: dict[str, Any], window: int | None) -> None:
+    """Raises NotImplementedError if the user set a window and a layer has none: a few models take it back."""
+    without = sorted(name for name, layer in layers.items() if not layer.impl.sliding_window)
+    if window is not None and without:
+        raise NotImplementedError(
+            f"additional_config['turboquant']['sliding_window'] is {window}, and this model's code leaves "
+            f"{', '.join(without)} without a window; leave the option away for it"
+        )
+
+
 class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     # The kernels read lengths and tables from device memory and ask the host for nothing, so a captured graph serves every
     # batch within its tokens, requests and max_query_len. vLLM captures mixed batches with max_query_len = tokens, and decodes
@@ -87,6 +97,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        check_window(layers, read_options(vllm_config.additional_config).sliding_window)
         scheduler = vllm_config.scheduler_config
         impls = list({id(layer.impl): layer.impl for layer in layers.values()}.values())
         # Gemma 4 clamps an image to the window; up to the window's length that changes nothing.
