@@ -71,6 +71,11 @@ def adjust(vllm_config: Any, options: Options, flash_attn_version: int | None) -
             ", ".join(cache.kv_cache_dtype_skip_layers),
         )
     _set_window(vllm_config, options.sliding_window)
+    scheduler = vllm_config.scheduler_config
+    if vllm_config.model_config.is_mm_prefix_lm and not scheduler.disable_chunked_mm_input:
+        # vLLM does so on GPUs: the tokens of an image see each other in both directions, so no chunk may end inside it.
+        scheduler.disable_chunked_mm_input = True
+        logger.info("tq-backend: images are prefilled in one piece (--disable-chunked-mm-input)")
 
 
 def _set_window(vllm_config: Any, window: int | None) -> None:
