@@ -168,6 +168,12 @@ def test_a_layer_that_the_planner_does_not_know_is_left_to_the_engine(said):
     assert "leaves the page sizes to vLLM: 1 has a ChunkedLocalAttentionSpec" in said[-1]
 
 
+def test_a_backend_that_the_model_chose_is_not_run_over_our_pages():
+    specs = numbered(attention(), attention(state_content_bytes=None))
+    with pytest.raises(NotImplementedError, match="another attention backend for 1, which cannot read"):
+        grouped(specs)
+
+
 def test_layers_without_any_plan_are_named(said):
     def no_groups(vllm_config, specs):
         raise NotImplementedError("the page sizes cannot be unified")

@@ -99,6 +99,8 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_window(layers, read_options(vllm_config.additional_config).sliding_window)
         scheduler = vllm_config.scheduler_config
+        for layer in layers.values():  # vLLM gives it to the layer and not to the implementation
+            layer.impl.head_size_v = layer.head_size_v
         impls = list({id(layer.impl): layer.impl for layer in layers.values()}.values())
         # Gemma 4 clamps an image to the window; up to the window's length that changes nothing.
         self.longest_span = max(

@@ -224,9 +224,27 @@ def say(level: int, line: str) -> None:
     logger.log(level, "tq-backend %s", line)
 
 
+def check_backends(specs: dict[str, Any]) -> None:
+    """Raises NotImplementedError for compressed layers whose pages are not ours: a few models choose a backend for a layer
+    themselves (MiMo V2, OpenPangu, where values are narrower than keys), and it would run over the packed bytes."""
+    foreign = [
+        name
+        for name, spec in specs.items()
+        if is_compressed(spec)
+        and spec.state_content_bytes
+        != formats.slot_bytes(spec.kv_quant_mode.name.lower(), spec.head_size, spec.head_size_v)
+    ]
+    if foreign:
+        raise NotImplementedError(
+            f"tq-backend: this model's code chooses another attention backend for {', '.join(foreign)}, which cannot read a "
+            "compressed cache; use --kv-cache-dtype auto or fp8 for it"
+        )
+
+
 def grouped(own: Callable[..., list[Any]], vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
     """The engine's get_kv_cache_groups on the planner's pages. Raises ValueError only if neither the planner nor the engine finds
     pages for these layers."""
+    check_backends(specs)
     try:
         request = request_of(vllm_config, specs)
         found = request.plan()
