@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from tq_backend._library import device_index, native, torch_ops
 from tq_backend.vllm_adapter import formats, prefill
-from tq_backend.vllm_adapter.options import read_options
+from tq_backend.vllm_adapter.options import check_in_force, read_options
 from tq_backend.vllm_adapter.prefill_plan import Geometry, Limits, Plan, limits_of, make_plan, workspace_size
 from tq_backend.vllm_adapter.spans import spans_of_batch
 from tq_backend.vllm_adapter.tolerance import pass_over
@@ -95,6 +95,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     ) -> None:
         pass_over("a metadata builder", unknown)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        check_in_force(vllm_config.additional_config)
         check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_window(layers, read_options(vllm_config.additional_config).sliding_window)

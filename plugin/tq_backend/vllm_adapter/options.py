@@ -11,6 +11,8 @@ from typing import Any
 
 KEYS = ("skip_layers", "current", "strict", "sliding_window")
 CURRENT = ("raw", "compressed")
+# What acts where EngineArgs makes a configuration, and the key beside "turboquant" that says it did.
+AT_CREATION, CREATED = ("skip_layers", "strict", "sliding_window"), "tq_backend_created"
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,15 @@ def read_options(additional_config: Any) -> Options:
             f"additional_config['turboquant']['skip_layers'] is {skip!r}; it must be a list of layer numbers or layer kinds"
         )
     return Options(tuple(str(x) for x in skip), current, strict, window)
+
+
+def check_in_force(additional_config: Any) -> None:
+    """Raises ValueError for options that came too late: in a VllmConfig that EngineArgs did not make."""
+    options = read_options(additional_config)
+    late = [key for key in AT_CREATION if getattr(options, key) not in (None, False)]
+    if late and not additional_config.get(CREATED):
+        raise ValueError(
+            f"additional_config['turboquant'] sets {', '.join(late)} in a VllmConfig that was not made by "
+            "EngineArgs.create_engine_config, where they act; make it there, or set cache_config.kv_cache_dtype_skip_layers and "
+            "cache_config.sliding_window yourself and leave them away"
+        )

@@ -1,4 +1,5 @@
-"""The ledger: everything of the engine that this package changes at run time. No other file replaces anything of vLLM's.
+"""The ledger: everything of the engine that this package changes at run time. No other file replaces anything of vLLM's, but
+register.py where this one cannot: so that `strict` stops an engine even then.
 
 EngineArgs.create_engine_config
   What:  wrapped. Its result is checked and adjusted (engine_config.py) if the cache dtype is turboquant_*, and is returned
@@ -34,7 +35,7 @@ from typing import Any
 
 from tq_backend.register import BACKEND_PATH
 from tq_backend.vllm_adapter import conflicts, engine_config, page_plan
-from tq_backend.vllm_adapter.options import read_options
+from tq_backend.vllm_adapter.options import CREATED, read_options
 
 logger = logging.getLogger("vllm.tq_backend")
 
@@ -70,6 +71,8 @@ def checked_config(create: Callable[..., Any], engine_args: Any, *args: Any, **k
     if refused:
         raise ValueError(f"tq-backend: {refused}")
     engine_config.adjust(config, options, version)
+    if isinstance(config.additional_config, dict):
+        config.additional_config = {**config.additional_config, CREATED: True}  # reaches the workers
     return config
 
 
