@@ -160,6 +160,12 @@ def test_kernels_with_fixed_block_sizes_are_not_given_padded_pages(said):
     assert "leaves the page sizes to vLLM: 0 runs in blocks of 64 tokens, and a padded page cannot be split" in said[-1]
 
 
+def test_kernels_that_want_aligned_pages_get_them_or_vllms(said):
+    aligned = attention(native=True, window=1024, block_stride_alignment=4099)
+    grouped(numbered(aligned, *[attention() for _ in range(4)]))
+    assert "leaves the page sizes to vLLM: 0 needs pages that are a multiple of 4099 bytes" in said[-1]
+
+
 def test_a_layer_that_the_planner_does_not_know_is_left_to_the_engine(said):
     chunked = ChunkedLocalAttentionSpec(
         block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, attention_chunk_size=64

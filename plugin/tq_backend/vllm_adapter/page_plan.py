@@ -164,6 +164,8 @@ def planned_specs(specs: dict[str, Any], found: dict[str, Any]) -> dict[str, Any
             split = getattr(spec.block_stride_alignment, "base", row["block_size"])
             if row["padding_bytes"] and split != row["block_size"]:
                 raise Unplanned(f"{name} runs in blocks of {split} tokens, and a padded page cannot be split into them")
+            if isinstance(spec.block_stride_alignment, int) and row["page_bytes"] % spec.block_stride_alignment:
+                raise Unplanned(f"{name} needs pages that are a multiple of {spec.block_stride_alignment} bytes")
         planned[name] = replace(spec, **changes)
         if planned[name].page_size_bytes != row["page_bytes"]:
             raise Unplanned(f"a page of {name} has {planned[name].page_size_bytes} bytes and not {row['page_bytes']}")
