@@ -11,6 +11,8 @@
 
 namespace tq::cuda {
 
+constexpr int kFoldTiles = 64;  // between two calls of fold_zeros
+
 // Bytes of shared memory of a CTA besides the rings and their barriers.
 template <class C>
 __host__ __device__ constexpr int decode_query_bytes(int warps) {
@@ -93,6 +95,7 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
       work.tile(c, ring.wait());
       ring.release();
       ring.fill_next(stream);
+      if (at % kFoldTiles == kFoldTiles - 1) work.fold_zeros();
     }
     const bool complete = from_start && c.tile == c.q.tiles;
     if (at == end) {  // the ring is free now
