@@ -174,6 +174,14 @@ def test_a_layer_that_the_planner_does_not_know_is_left_to_the_engine(said):
     assert "leaves the page sizes to vLLM: 1 has a ChunkedLocalAttentionSpec" in said[-1]
 
 
+def test_an_engine_that_changed_keeps_its_own_planning(said):
+    config = config_for({})
+    del config.max_in_flight_tokens
+    own = patches.unwrapped(patches.planning_module().get_kv_cache_groups)
+    assert page_plan.grouped(own, config, numbered(attention(), attention()))
+    assert "leaves the page sizes to vLLM: AttributeError: " in said[-1]
+
+
 def test_a_backend_that_the_model_chose_is_not_run_over_our_pages():
     specs = numbered(attention(), attention(state_content_bytes=None))
     with pytest.raises(NotImplementedError, match="another attention backend for 1, which cannot read"):
