@@ -107,9 +107,7 @@ for options in ({}, {"turboquant": {"strict": True}}):
         ),
         # The first wrap is made, the second cannot be.
         (
-            "from vllm.v1.core import kv_cache_utils as a; del a.get_kv_cache_groups\n"
-            "try:\n    from vllm.v1.core import kv_cache_planning as b; del b.get_kv_cache_groups\n"
-            "except ImportError: pass",
+            "from tq_backend.vllm_adapter.patches import planning_module; del planning_module().get_kv_cache_groups",
             MAKE.format(model=str(MODEL)),
             "get_kv_cache_groups",
         ),
