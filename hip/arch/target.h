@@ -77,6 +77,9 @@ typedef _Float16 Half2 __attribute__((vector_size(4)));
 TQ_DEVICE uint32_t subtract_half2(uint32_t a, uint32_t b) {
   return __builtin_bit_cast(uint32_t, __builtin_bit_cast(Half2, a) - __builtin_bit_cast(Half2, b));
 }
+TQ_DEVICE uint32_t multiply_half2(uint32_t a, uint32_t b) {
+  return __builtin_bit_cast(uint32_t, __builtin_bit_cast(Half2, a) * __builtin_bit_cast(Half2, b));
+}
 
 TQ_DEVICE float exp2_approx(float x) { return __builtin_amdgcn_exp2f(x); }
 TQ_DEVICE float sqrt_approx(float x) { return __builtin_sqrtf(x); }

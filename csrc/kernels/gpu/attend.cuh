@@ -14,6 +14,7 @@
 // their size.
 #pragma once
 
+#include "kernels/gpu/arguments.h"
 #include "kernels/gpu/elements.cuh"
 #include "kernels/gpu/row_lanes.cuh"
 #include "kernels/gpu/scores.cuh"
@@ -21,24 +22,10 @@
 
 namespace tq::gpu {
 
-constexpr int kColumns = 16;       // of a block
-constexpr int kAttendWarps = 4;    // of a block
-// Output dimensions of a block: what accumulators in registers allow. Heads of more are shared by several blocks, each of
-// which computes the scores for itself.
-constexpr int max_part_dim(int wave) { return 4 * wave; }
-constexpr int kMergeThreads = 128;
 constexpr float kLowest = -1e30f;  // a softmax reference before the first score
-
-struct AttendArgs {
-  AttendParams attend;
-  DeviceBook book;
-  int splits;      // of each sequence's tiles; 1: no merge
-  float* partial;  // [tiles of columns][KV heads * parts][splits][kPartialFloats of the part's dimensions]
-  bool vector_query, vector_out;
-};
-
-// A partial result: outputs [16][part_dim], softmax references [16], weight sums [16].
-constexpr int partial_floats(int part_dim) { return kColumns * (part_dim + 2); }
+// Weights are up to 2^12 and not 1: the matrix unit of gfx90a takes fp16 numbers below 2^-14 for 0, and many small weights
+// are a large one together.
+constexpr float kHeadroom = 12.0f;
 
 template <class F_, int kDim_, int kWave_>
 struct AttendConfig {
@@ -142,7 +129,7 @@ TQ_DEVICE void load_columns(const AttendArgs& p, const ColumnTile& tile, int hea
           finite ? pack_half2(x[2 * i] * to_one, x[2 * i + 1] * to_one) : 0u;
     }
     if (part == 0) {
-      const float levels = kRotated ? p.book.unit * rsqrtf(static_cast<float>(dim)) : kFp8Scale;
+      const float levels = kRotated ? p.book.unit * rsqrtf(static_cast<float>(dim)) : 1.0f;
       shared.unit[n] = finite ? a.scale * kLog2e * largest * levels : __int_as_float(0x7fc00000);
     }
   }
@@ -167,6 +154,10 @@ TQ_DEVICE void score_tile(const AttendArgs& p, const AttendShared<C>& shared, co
     raw.load(atom + layout.key_row_offset(row), unit, layout.head_dim);
     uint32_t k[8], q[8];
     raw.key_halves(p.book, k);
+    if constexpr (C::F::kKeyBits == 8) {  // to their own size: none may be below 2^-14 (kHeadroom)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) k[i] = multiply_half2(k[i], pair_of_half(kFp8Scale));
+    }
     const auto* from = reinterpret_cast<const uint4*>(query + 8 * unit);
     const uint4 u = from[0], v = from[1];
     q[0] = u.x, q[1] = u.y, q[2] = u.z, q[3] = u.w, q[4] = v.x, q[5] = v.y, q[6] = v.z, q[7] = v.w;
@@ -306,7 +297,7 @@ TQ_KERNEL(C::kThreads) attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
       if (modified) x = modify_score(x, a.soft_cap, slope, token - position);
       if (token >= tile.len || !visible(position, token, a.causal, a.sliding_window, spans, a.max_spans)) x = kMasked;
       s[i] = x;
-      higher = fmaxf(higher, x);
+      higher = fmaxf(higher, x - kHeadroom);
     }
 #pragma unroll
     for (int o = 16; o < C::kWave; o <<= 1) higher = fmaxf(higher, shuffle_xor(higher, o));
@@ -380,11 +371,6 @@ TQ_KERNEL(C::kThreads) attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
     }
   }
 }
-
-struct MergeArgs {
-  AttendArgs attend;
-  int part_dim, parts;
-};
 
 // Joins the partial results of a sequence's splits. Grid: (tiles of columns, KV heads * parts).
 template <int kWave>

@@ -1,12 +1,10 @@
 // copy_pages.cuh - copies whole pages. Grid: (pairs, parts of a page).
 #pragma once
 
+#include "kernels/gpu/arguments.h"
 #include "kernels/gpu/target.h"
-#include "kernels/kernels.h"
 
 namespace tq::gpu {
-
-constexpr int kCopyThreads = 256;
 
 // A template only so that every file that includes this may have it.
 template <int kThreads>

@@ -4,27 +4,11 @@
 // that neighbouring lanes fill whole 32-byte sectors. Lanes as in store.cuh.
 #pragma once
 
+#include "kernels/gpu/arguments.h"
 #include "kernels/gpu/row_lanes.cuh"
 #include "kernels/gpu/units.cuh"
 
 namespace tq::gpu {
-
-struct DequantArgs {
-  DequantParams dequant;
-  DeviceBook book;
-  bool vector_out;  // rows of both outputs begin at multiples of 16 bytes
-};
-
-struct RotateArgs {
-  RotateParams rotate;
-  bool vector_x, vector_out;
-};
-
-constexpr int kDequantThreads = 128;
-constexpr int kRotateThreads = 128;
-
-// Rows of a sequence's range, or vectors, that one lane handles: as many as keep enough bytes in flight.
-constexpr int row_unroll(int lanes) { return lanes == 4 ? 2 : 4; }
 
 // One row of 16 * kLanes elements at most, element i of base onwards. A lane has 16 elements, which are 32 bytes of a
 // 16-bit dtype: lanes are paired, and the pair stores first the lower lane's sector, then the upper's.

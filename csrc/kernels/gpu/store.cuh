@@ -5,19 +5,13 @@
 // instructions. The same arithmetic as codec/reference.cc in float; codes differ from it at ties only.
 #pragma once
 
+#include "kernels/gpu/arguments.h"
 #include "kernels/gpu/codes.cuh"
 #include "kernels/gpu/elements.cuh"
 #include "kernels/gpu/row_lanes.cuh"
 
 namespace tq::gpu {
 
-struct StoreArgs {
-  StoreParams store;
-  DeviceBook book;
-  bool vector_key, vector_value;
-};
-
-constexpr int kStoreThreads = 128;
 constexpr float kLargestKey = 1e15f;  // its square times 512 is finite in float
 constexpr float kLargestHalf = 65504.0f;
 
