@@ -10,7 +10,7 @@
 using namespace tq::gpu;
 
 // What the host has to know of the code that the runtime chose.
-extern "C" __device__ const int tq_wave_size = kTargetWave;
+TQ_CONSTANT(int, tq_wave_size, kTargetWave);
 
 #define TQ_STORE(name, F, lanes) \
   TQ_ENTRY(tq_store_##name##_##lanes, kStoreThreads, StoreArgs) { store_kernel<F, lanes, kTargetWave>(p); }

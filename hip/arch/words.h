@@ -13,6 +13,7 @@
 
 // An entry point has C's name, so that the host can ask for it; a body is called by it.
 #define TQ_ENTRY(name, threads, Args) extern "C" __global__ void __launch_bounds__(threads) name(const Args p)
+#define TQ_CONSTANT(Type, name, value) extern "C" __device__ __attribute__((used)) const Type name = value
 #define TQ_KERNEL(threads) TQ_DEVICE void
 #define TQ_ARGUMENT(Args) const Args&
 #define TQ_SHARED(Type, name) __shared__ Type name
