@@ -32,7 +32,7 @@ std::string create_error(const std::string& dir, int kind, int* code) {
 const std::string kDir = TQ_TEST_DIR;
 
 TEST(Loader, MissingLibrary) {
-  EXPECT_CREATE_ERROR(TQ_LIB_DIR, TQ_DEVICE_HIP, TQ_UNAVAILABLE, "was built without the hip kernels");
+  EXPECT_CREATE_ERROR(kDir + "/no_device", TQ_DEVICE_HIP, TQ_UNAVAILABLE, "was built without the hip kernels");
   EXPECT_CREATE_ERROR("/nonexistent", TQ_DEVICE_CPU, TQ_UNAVAILABLE, "/nonexistent/libtq_kernels_cpu.so");
 }
 
@@ -87,6 +87,79 @@ TEST(Loader, ListsEveryKindWithAReason) {
   EXPECT_EQ(rows[0].usable, 1) << rows[0].reason;
   count = 2;
   EXPECT_EQ(api().list_libraries(nullptr, rows, &count, nullptr), TQ_INVALID_ARGUMENT);
+}
+
+// The kind that AUTO chooses in a folder, or 0 with the error's sentence.
+int chosen(const std::string& dir, std::string* sentence) {
+  TqBackendOptions options = {};
+  options.struct_size = sizeof(options);
+  options.device_kind = TQ_DEVICE_AUTO;
+  options.kernels_dir = dir.c_str();
+  TqBackend* backend = nullptr;
+  TqError error = make_error();
+  if (api().create_backend(&options, &backend, &error) != TQ_OK) {
+    *sentence = error.message;
+    return 0;
+  }
+  TqCaps caps = {};
+  caps.struct_size = sizeof(caps);
+  EXPECT_EQ(api().query_caps(backend, &caps, nullptr), TQ_OK);
+  api().destroy_backend(backend);
+  return caps.device_kind;
+}
+
+TEST(Choice, GpusBeforeTheCpu) {
+  std::string sentence;
+  EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), TQ_DEVICE_CUDA) << sentence;
+  EXPECT_EQ(chosen(kDir + "/cpu_and_hip", &sentence), TQ_DEVICE_HIP) << sentence;
+  EXPECT_EQ(chosen(TQ_LIB_DIR, &sentence) == 0, false) << sentence;
+}
+
+TEST(Choice, ADeviceThatIsNotThereIsNotChosen) {
+  std::string sentence;
+  setenv("TQ_FAKE_BROKEN", "2", 1);
+  EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), TQ_DEVICE_HIP) << sentence;
+  setenv("TQ_FAKE_BROKEN", "3", 1);
+  EXPECT_EQ(chosen(kDir + "/cpu_and_hip", &sentence), TQ_DEVICE_CPU) << sentence;
+  unsetenv("TQ_FAKE_BROKEN");
+}
+
+TEST(Choice, TheEnvironmentDecides) {
+  std::string sentence;
+  for (const auto& [name, kind] : {std::pair{"cpu", TQ_DEVICE_CPU}, {"cuda", TQ_DEVICE_CUDA}, {"hip", TQ_DEVICE_HIP}}) {
+    setenv("TQ_DEVICE", name, 1);
+    EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), kind) << sentence;
+  }
+  setenv("TQ_FAKE_BROKEN", "3", 1);
+  EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), 0);
+  EXPECT_EQ(sentence, "TQ_DEVICE is hip, and its kernels are not usable: its device was unplugged");
+  unsetenv("TQ_FAKE_BROKEN");
+  setenv("TQ_DEVICE", "rocm", 1);
+  EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), 0);
+  EXPECT_EQ(sentence, "TQ_DEVICE is rocm; it must be cpu, cuda or hip");
+  unsetenv("TQ_DEVICE");
+}
+
+TEST(Choice, NothingUsableSaysWhy) {
+  std::string sentence;
+  EXPECT_EQ(chosen(kDir + "/no_device", &sentence), 0);
+  EXPECT_NE(sentence.find("no kernel library is usable"), std::string::npos) << sentence;
+  EXPECT_NE(sentence.find("cuda: no CUDA device"), std::string::npos) << sentence;
+  EXPECT_NE(sentence.find("hip: there is no "), std::string::npos) << sentence;
+}
+
+TEST(Choice, ScoresAreListed) {
+  TqLibraryInfo rows[3] = {};
+  for (TqLibraryInfo& row : rows) row.struct_size = sizeof(row);
+  int64_t count = 3;
+  setenv("TQ_DEVICE", "cpu", 1);
+  setenv("TQ_FAKE_BROKEN", "2", 1);
+  ASSERT_EQ(api().list_libraries((kDir + "/all_devices").c_str(), rows, &count, nullptr), TQ_OK);
+  unsetenv("TQ_DEVICE");
+  unsetenv("TQ_FAKE_BROKEN");
+  EXPECT_EQ(rows[0].score, 110);
+  EXPECT_EQ(rows[1].score, 0);
+  EXPECT_EQ(rows[2].score, 20);
 }
 
 TEST(Loader, EnvironmentNamesTheFolder) {

@@ -264,8 +264,10 @@ TQ_KERNEL(C::kThreads) attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
     if (a.sliding_window > 0) begin = max(0, low - a.sliding_window + 1) / kAtomTokens * kAtomTokens;
   }
   const int num_tiles = max(0, end - begin + kAtomTokens - 1) / kAtomTokens, split = static_cast<int>(blockIdx.z);
-  const int first = static_cast<int>(int64_t{num_tiles} * split / p.splits);
-  const int last = static_cast<int>(int64_t{num_tiles} * (split + 1) / p.splits);
+  // A split for less than a tile a warp is not worth its merge: those behind `used` have nothing to do.
+  const int used = min(max((num_tiles + kAttendWarps - 1) / kAttendWarps, 1), p.splits);
+  const int first = split < used ? static_cast<int>(int64_t{num_tiles} * split / used) : 0;
+  const int last = split < used ? static_cast<int>(int64_t{num_tiles} * (split + 1) / used) : 0;
 
   // This lane's column.
   const int column = lane % kColumns, row = tile.row0 + min(column, num_rows - 1);
