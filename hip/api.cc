@@ -18,7 +18,7 @@ namespace tq {
 namespace hip {
 namespace {
 
-constexpr int kHipDevice = 3;  // TQ_DEVICE_HIP
+constexpr int kHipDevice = 3;    // TQ_DEVICE_HIP
 constexpr int kOutOfMemory = 2;  // hipErrorOutOfMemory
 
 template <class... Text>
@@ -43,7 +43,8 @@ KernelStatus status_of(const Runtime& runtime, int error, const char* what) {
 KernelStatus probe_machine() {
   const char* reason = nullptr;
   if (!runtime_is_named()) {
-    if (access("/dev/kfd", F_OK) != 0) return no_device("there is no /dev/kfd, so no amdgpu driver with compute support");
+    if (access("/dev/kfd", F_OK) != 0)
+      return no_device("there is no /dev/kfd, so no amdgpu driver with compute support");
     if (access("/dev/kfd", R_OK | W_OK) != 0) {
       return no_device("this user may not open /dev/kfd; it belongs to the group render, or video");
     }
@@ -86,16 +87,16 @@ KernelStatus find_kernels(DeviceState* state) {
     if (status.code == 0) status = status_of(r, r.get_function(to, state->module, name), name);
   };
   int format = 0, size = 0;
-#define TQ_FIND_ROWS(name, F, lanes)                                \
-  find(&state->store[format][size], "tq_store_" #name "_" #lanes);  \
+#define TQ_FIND_ROWS(name, F, lanes)                                   \
+  find(&state->store[format][size], "tq_store_" #name "_" #lanes);     \
   find(&state->dequant[format][size], "tq_dequant_" #name "_" #lanes); \
   ++size;
 #define TQ_FIND_ATTEND(name, F, dim) find(&state->attend[format][size++], "tq_attend_" #name "_" #dim);
-#define TQ_FIND_FORMAT(name, F)          \
-  size = 0;                              \
-  TQ_HIP_LANES(TQ_FIND_ROWS, name, F)    \
-  size = 0;                              \
-  TQ_HIP_DIMS(TQ_FIND_ATTEND, name, F)   \
+#define TQ_FIND_FORMAT(name, F)        \
+  size = 0;                            \
+  TQ_HIP_LANES(TQ_FIND_ROWS, name, F)  \
+  size = 0;                            \
+  TQ_HIP_DIMS(TQ_FIND_ATTEND, name, F) \
   ++format;
   TQ_HIP_FORMATS(TQ_FIND_FORMAT)
   find(&state->rotate[0], "tq_rotate_4");
@@ -181,8 +182,8 @@ KernelStatus launch(DeviceState* state, void* function, Grid grid, int threads, 
                     const char* what) {
   const Runtime& r = *state->runtime;
   void* args[] = {const_cast<void*>(arguments)};
-  if (const int e = r.launch(function, grid.x, grid.y, grid.z, static_cast<unsigned>(threads), 1, 1, 0, stream, args,
-                             nullptr);
+  if (const int e =
+          r.launch(function, grid.x, grid.y, grid.z, static_cast<unsigned>(threads), 1, 1, 0, stream, args, nullptr);
       e != 0) {
     return status_of(r, e, what);
   }

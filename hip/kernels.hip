@@ -16,11 +16,12 @@ TQ_CONSTANT(int, tq_wave_size, kTargetWave);
   TQ_ENTRY(tq_store_##name##_##lanes, kStoreThreads, StoreArgs) { store_kernel<F, lanes, kTargetWave>(p); }
 #define TQ_DEQUANT(name, F, lanes) \
   TQ_ENTRY(tq_dequant_##name##_##lanes, kDequantThreads, DequantArgs) { dequant_kernel<F, lanes, kTargetWave>(p); }
-#define TQ_ATTEND(name, F, dim)                                                                \
-  TQ_ENTRY(tq_attend_##name##_##dim, kAttendWarps * kTargetWave, AttendArgs) {                 \
-    attend_kernel<AttendConfig<F, dim, kTargetWave>>(p);                                       \
+#define TQ_ATTEND(name, F, dim)                                               \
+  TQ_ENTRY(tq_attend_##name##_##dim, kAttendWarps* kTargetWave, AttendArgs) { \
+    attend_kernel<AttendConfig<F, dim, kTargetWave>>(p);                      \
   }
-#define TQ_FORMAT(name, F) TQ_HIP_LANES(TQ_STORE, name, F) TQ_HIP_LANES(TQ_DEQUANT, name, F) TQ_HIP_DIMS(TQ_ATTEND, name, F)
+#define TQ_FORMAT(name, F) \
+  TQ_HIP_LANES(TQ_STORE, name, F) TQ_HIP_LANES(TQ_DEQUANT, name, F) TQ_HIP_DIMS(TQ_ATTEND, name, F)
 TQ_HIP_FORMATS(TQ_FORMAT)
 
 TQ_ENTRY(tq_rotate_4, kRotateThreads, RotateArgs) { rotate_kernel<4, kTargetWave>(p); }

@@ -8,10 +8,11 @@
 namespace tq::hip {
 namespace {
 
-// Blocks that a device should have to work on, whatever its number of compute units (64 to 304 today; asking the runtime
-// for it would need attribute numbers, which differ between versions). Fewer columns than that split the context.
+// Blocks that a device should have to work on, whatever its number of compute units (64 to 304 today; asking the
+// runtime for it would need attribute numbers, which differ between versions). Fewer columns than that split the
+// context.
 constexpr int64_t kTargetBlocks = 512;
-constexpr int64_t kMaxSplits = 32;
+constexpr int64_t kMaxSplits = 64;
 
 int format_of(const PageLayout& layout) {  // as in TQ_HIP_FORMATS
   if (layout.key_bits == 8) return 0;
@@ -69,7 +70,8 @@ KernelStatus attend(DeviceState* state, const AttendParams& p) {
   state->query_tokens += static_cast<uint64_t>(p.num_tokens);
   const PageLayout& layout = p.cache.layout;
   const int size = size_of(layout), part_dim = part_dim_of(*state, size), parts = (64 << size) / part_dim;
-  // An upper bound: every sequence may end in a tile of columns that is not full. The real number is known on the device.
+  // An upper bound: every sequence may end in a tile of columns that is not full. The real number is known on the
+  // device.
   const int64_t columns = p.num_tokens * (p.num_heads / layout.num_kv_heads);
   const int64_t tiles = columns / gpu::kColumns + std::min<int64_t>(p.num_seqs, p.num_tokens);
   const int64_t blocks = tiles * layout.num_kv_heads * parts;
@@ -83,8 +85,8 @@ KernelStatus attend(DeviceState* state, const AttendParams& p) {
   a.vector_out = element == 2 && aligned(p.out, p.out_token_stride, p.out_head_stride, 8, element);
   const Grid grid = {static_cast<unsigned>(tiles), static_cast<unsigned>(layout.num_kv_heads * parts),
                      static_cast<unsigned>(a.splits)};
-  if (const KernelStatus s = launch(state, state->attend[format_of(layout)][size], grid, gpu::kAttendWarps * state->wave,
-                                    &a, p.stream, "the attention kernel");
+  if (const KernelStatus s = launch(state, state->attend[format_of(layout)][size], grid,
+                                    gpu::kAttendWarps * state->wave, &a, p.stream, "the attention kernel");
       s.code != 0 || a.splits == 1) {
     return s;
   }

@@ -24,7 +24,8 @@ void* open_library(std::string* reason) {
     if (handle == nullptr) *reason = std::string("TQ_HIP_LIBRARY names a library that cannot be opened: ") + dlerror();
     return handle;
   }
-  // One that the process has already first: a PyTorch for ROCm brings its own, and streams of one are nothing to another.
+  // One that the process has already first: a PyTorch for ROCm brings its own, and streams of one are nothing to
+  // another.
   const char* names[] = {"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so", "libamdhip64.so.5"};
   for (const int flags : {RTLD_NOW | RTLD_NOLOAD, RTLD_NOW | RTLD_LOCAL}) {
     for (const char* name : names) {

@@ -111,8 +111,7 @@ Status list_libraries(const char* kernels_dir, TqLibraryInfo* out, int64_t* coun
                    " rows");
   }
   for (int64_t i = 0; i < kNumber; ++i) {
-    const Candidate c =
-        examine(kernels_dir != nullptr ? kernels_dir : default_kernels_dir(), kDeviceKinds[i]);
+    const Candidate c = examine(kernels_dir != nullptr ? kernels_dir : default_kernels_dir(), kDeviceKinds[i]);
     TqLibraryInfo row = {};
     row.struct_size = sizeof(row);
     row.device_kind = c.device_kind;

@@ -62,7 +62,8 @@ Status load_kernel_library(const std::string& path, int device_kind, const Kerne
   return {};
 }
 
-// GPUs before the CPU. CUDA before HIP only to have an order: a machine on which both work is rare, and its owner can say.
+// GPUs before the CPU. CUDA before HIP only to have an order: a machine on which both work is rare, and its owner can
+// say.
 static int base_score(int device_kind) {
   return device_kind == TQ_DEVICE_CUDA ? 30 : device_kind == TQ_DEVICE_HIP ? 20 : 10;
 }
@@ -97,7 +98,8 @@ Status choose_kind(const std::string& dir, int* device_kind) {
     if (wanted != nullptr && std::strcmp(wanted, device_kind_name(kind)) == 0) {
       known = true;
       if (!c.status.ok()) {
-        return {TQ_UNAVAILABLE, std::string("TQ_DEVICE is ") + wanted + ", and its kernels are not usable: " + c.status.message};
+        return {TQ_UNAVAILABLE,
+                std::string("TQ_DEVICE is ") + wanted + ", and its kernels are not usable: " + c.status.message};
       }
     }
     if (c.score > best) best = c.score, *device_kind = kind;

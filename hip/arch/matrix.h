@@ -1,4 +1,5 @@
-// matrix.h - D[16][16] += A[16][16] B[16][16]^T in fp16 with float sums, by one wave: who holds what, and the instruction.
+// matrix.h - D[16][16] += A[16][16] B[16][16]^T in fp16 with float sums, by one wave: who holds what, and the
+// instruction.
 //
 // A lane holds part of one row of A and of one row of B, both row lane % 16, kRun consecutive columns of each from
 // first_column(lane); and of D column lane % 16 (B's row), at rows result_row(lane, i). Layouts as AMD publishes them:

@@ -92,8 +92,8 @@ TQ_DEVICE uint32_t floor_bits(float x) { return static_cast<uint32_t>(x); }
 // Sum of the products of the four unsigned bytes.
 TQ_DEVICE int dot4(uint32_t a, uint32_t b) { return static_cast<int>(__builtin_amdgcn_udot4(a, b, 0, false)); }
 
-// v_perm_b32 numbers the bytes of its second operand 0-3 and those of its first 4-7, and takes a selector of bytes; ours
-// takes one of nibbles, each < 8, as CUDA's prmt.
+// v_perm_b32 numbers the bytes of its second operand 0-3 and those of its first 4-7, and takes a selector of bytes;
+// ours takes one of nibbles, each < 8, as CUDA's prmt.
 TQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t s) {
   return __builtin_amdgcn_perm(b, a, (s & 0xFu) | (s & 0xF0u) << 4 | (s & 0xF00u) << 8 | (s & 0xF000u) << 12);
 }

@@ -1,7 +1,7 @@
 // attend_hip_test.cc - the portable attention kernel: every instance and every feature, small enough for a model of the
 // device. Tolerances: codes are exact in fp16; weights and values are rounded to it, 2^-11 each, and queries, 2^-11 of
-// their largest element, so that outputs are within about 2e-3 of a row's largest one, plus their own rounding (2^-11 in
-// fp16, 2^-8 in bfloat16).
+// their largest element, so that outputs are within about 2e-3 of a row's largest one, plus their own rounding (2^-11
+// in fp16, 2^-8 in bfloat16).
 #include "cuda_fixture.h"
 
 namespace tq::testing {

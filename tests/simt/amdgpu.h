@@ -45,8 +45,8 @@ inline void wave_barrier() {
   const Exchange all("wave_barrier", &nothing, sizeof(nothing));
 }
 
-// V_PERM_B32: bytes 0-3 are those of the second source, 4-7 of the first; 8-11 the signs of bytes 1, 3, 5, 7; 12 is 0x00,
-// above 0xFF.
+// V_PERM_B32: bytes 0-3 are those of the second source, 4-7 of the first; 8-11 the signs of bytes 1, 3, 5, 7; 12 is
+// 0x00, above 0xFF.
 inline uint32_t perm(uint32_t first, uint32_t second, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(first) << 32 | second;
   uint32_t out = 0;
@@ -116,8 +116,8 @@ inline Float4 mfma_f32_16x16x16f16(Half4 a, Half4 b, Float4 c, int, int, int) {
   return c;
 }
 
-// V_WMMA_F32_16X16X16_F16 of RDNA3, wave32. A[i][k] and B[k][j]: lanes i (j) and i + 16, which must agree, half k. D[i][j]:
-// lane j + 16 * (i % 2), register i / 2. A slot has no room for both operands: two exchanges.
+// V_WMMA_F32_16X16X16_F16 of RDNA3, wave32. A[i][k] and B[k][j]: lanes i (j) and i + 16, which must agree, half k.
+// D[i][j]: lane j + 16 * (i % 2), register i / 2. A slot has no room for both operands: two exchanges.
 inline Float8 wmma_f32_16x16x16_f16_w32(Half16 a, Half16 b, Float8 c) {
   Half16 rows[2][32];
   for (int operand = 0; operand < 2; ++operand) {

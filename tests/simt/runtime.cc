@@ -1,6 +1,6 @@
 // runtime.cc - libamdhip64 of a GPU that is simt.h: a kernel library opens it by TQ_HIP_LIBRARY and runs unchanged, but
-// for its machine code, in whose place kernels.hip is compiled into this library by the host's compiler. Device memory is
-// host memory, and a call returns when its work is done.
+// for its machine code, in whose place kernels.hip is compiled into this library by the host's compiler. Device memory
+// is host memory, and a call returns when its work is done.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -94,5 +94,9 @@ TQ_HIP_API int hipStreamIsCapturing(void*, int* status) {
   return 0;
 }
 TQ_HIP_API int hipGetLastError() { return 0; }
-TQ_HIP_API const char* hipGetErrorName(int error) { return error == kNotFound ? "hipErrorNotFound" : "hipErrorInvalidValue"; }
-TQ_HIP_API const char* hipGetErrorString(int error) { return error == kNotFound ? "named symbol not found" : "invalid argument"; }
+TQ_HIP_API const char* hipGetErrorName(int error) {
+  return error == kNotFound ? "hipErrorNotFound" : "hipErrorInvalidValue";
+}
+TQ_HIP_API const char* hipGetErrorString(int error) {
+  return error == kNotFound ? "named symbol not found" : "invalid argument";
+}

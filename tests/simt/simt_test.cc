@@ -116,30 +116,40 @@ TEST(Model, AMissingBarrierIsSeen) {
 }
 
 TEST(ModelDeathTest, ADivergentShuffleIsRefused) {
-  EXPECT_DEATH(run(64, [](int t) { if (t % 2 == 0) simt::ds_bpermute(0, t); }), "not all lanes of a wave");
+  EXPECT_DEATH(run(64,
+                   [](int t) {
+                     if (t % 2 == 0) simt::ds_bpermute(0, t);
+                   }),
+               "not all lanes of a wave");
 }
 
 TEST(ModelDeathTest, DifferentOperationsAreRefused) {
-  EXPECT_DEATH(run(64, [](int t) {
-                 if (t % 2 == 0) {
-                   simt::ds_bpermute(0, t);
-                 } else {
-                   simt::wave_barrier();
-                 }
-               }),
+  EXPECT_DEATH(run(64,
+                   [](int t) {
+                     if (t % 2 == 0) {
+                       simt::ds_bpermute(0, t);
+                     } else {
+                       simt::wave_barrier();
+                     }
+                   }),
                "different operations");
 }
 
 TEST(ModelDeathTest, ADivergentBarrierIsRefused) {
-  EXPECT_DEATH(run(64, [](int t) { if (t % 2 == 0) simt::block_barrier(); }), "block barrier");
+  EXPECT_DEATH(run(64,
+                   [](int t) {
+                     if (t % 2 == 0) simt::block_barrier();
+                   }),
+               "block barrier");
 }
 
 TEST(ModelDeathTest, OperandsThatAreNotReplicatedAreRefused) {
-  EXPECT_DEATH(run(32, [](int t) {
-                 simt::Half16 a = {};
-                 a[0] = static_cast<_Float16>(t);
-                 simt::wmma_f32_16x16x16_f16_w32(a, a, simt::Float8{});
-               }),
+  EXPECT_DEATH(run(32,
+                   [](int t) {
+                     simt::Half16 a = {};
+                     a[0] = static_cast<_Float16>(t);
+                     simt::wmma_f32_16x16x16_f16_w32(a, a, simt::Float8{});
+                   }),
                "not the same in both half waves");
 }
 

@@ -1,5 +1,5 @@
-// words.h - CUDA's words, as hip/arch/words.h has them, for kernels that the host compiler compiles: a thread is a fiber
-// of simt.h.
+// words.h - CUDA's words, as hip/arch/words.h has them, for kernels that the host compiler compiles: a thread is a
+// fiber of simt.h.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 #define __launch_bounds__(n)
 #define TQ_DEVICE inline __attribute__((always_inline))
 #define TQ_ENTRY(name, threads, Args) extern "C" __attribute__((visibility("default"))) void name(const Args& p)
-#define TQ_CONSTANT(Type, name, value)                         \
+#define TQ_CONSTANT(Type, name, value)                               \
   extern "C" __attribute__((visibility("default"))) const Type name; \
   const Type name = value
 #define TQ_KERNEL(threads) inline void

@@ -7,7 +7,8 @@
 // blocks run, so results repeat bit for bit.
 //
 //   scores    S[token][column] = K Q^T: a lane decodes its token's codes in registers.
-//   outputs   O[dimension][column] = V^T P^T: a column stays in the lanes that hold its scores, so the softmax's factors
+//   outputs   O[dimension][column] = V^T P^T: a column stays in the lanes that hold its scores, so the softmax's
+//   factors
 //             are at hand; V is transposed on its way through shared memory.
 //
 // Keys stay rotated; queries are rotated on load and scaled to a largest element of 1, so that fp16 holds them whatever
@@ -23,8 +24,8 @@
 namespace tq::gpu {
 
 constexpr float kLowest = -1e30f;  // a softmax reference before the first score
-// Weights are up to 2^12 and not 1: the matrix unit of gfx90a takes fp16 numbers below 2^-14 for 0, and many small weights
-// are a large one together.
+// Weights are up to 2^12 and not 1: the matrix unit of gfx90a takes fp16 numbers below 2^-14 for 0, and many small
+// weights are a large one together.
 constexpr float kHeadroom = 12.0f;
 
 template <class F_, int kDim_, int kWave_>
@@ -34,11 +35,11 @@ struct AttendConfig {
   static constexpr int kThreads = kAttendWarps * kWave;
   static constexpr int kPartDim = kDim < max_part_dim(kWave) ? kDim : max_part_dim(kWave);
   static constexpr int kParts = kDim / kPartDim;
-  static constexpr int kGroups = 16 / kRun;                     // lanes that share a token decode different units
-  static constexpr int kSteps = kDim / 16 / kGroups;            // of a dot product
+  static constexpr int kGroups = 16 / kRun;                       // lanes that share a token decode different units
+  static constexpr int kSteps = kDim / 16 / kGroups;              // of a dot product
   static constexpr int kSlice = kPartDim < 128 ? kPartDim : 128;  // dimensions of V in shared memory at a time
-  static constexpr int kQueryPitch = kDim / 2 + 4;              // words
-  static constexpr int kValuePitch = 10;                        // words: 16 tokens, and rows of 8 bytes on other banks
+  static constexpr int kQueryPitch = kDim / 2 + 4;                // words
+  static constexpr int kValuePitch = 10;  // words: 16 tokens, and rows of 8 bytes on other banks
 };
 
 struct ColumnTile {
@@ -89,6 +90,32 @@ TQ_DEVICE void find_columns(const AttendParams& a, int target, int group, Column
   __syncthreads();
 }
 
+// The tokens that some of a block's columns see, as tiles.
+struct Context {
+  int num_rows;          // columns that exist
+  int begin, num_tiles;  // from the start of a tile on; pages before it may have been freed
+  const int32_t* spans;  // of the sequence, or null
+
+  TQ_DEVICE Context(const AttendParams& a, const ColumnTile& tile, int group) {
+    num_rows = min(kColumns, tile.q_len * group - tile.row0);
+    const int before = tile.len - tile.q_len;
+    const int low = before + tile.row0 / group, high = before + (tile.row0 + num_rows - 1) / group;
+    spans = a.spans == nullptr ? nullptr : a.spans + int64_t{tile.seq} * a.max_spans * 2;
+    int end = tile.len;
+    begin = 0;
+    if (spans == nullptr) {
+      if (a.causal) end = min(end, high + 1);
+      if (a.sliding_window > 0) begin = max(0, low - a.sliding_window + 1) / kAtomTokens * kAtomTokens;
+    }
+    num_tiles = max(0, end - begin + kAtomTokens - 1) / kAtomTokens;
+  }
+
+  // A split for less than a tile a warp is not worth its merge: those behind these have nothing to do.
+  TQ_DEVICE int used_splits(int splits) const {
+    return min(max((num_tiles + kAttendWarps - 1) / kAttendWarps, 1), splits);
+  }
+};
+
 // Rotates the block's queries into shared memory as fp16.
 template <class C>
 TQ_DEVICE void load_columns(const AttendArgs& p, const ColumnTile& tile, int head, int group, AttendShared<C>& shared) {
@@ -125,8 +152,7 @@ TQ_DEVICE void load_columns(const AttendArgs& p, const ColumnTile& tile, int hea
     const float to_one = finite && largest > 0.0f ? 1.0f / largest : 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      shared.query[n][8 * part + i] =
-          finite ? pack_half2(x[2 * i] * to_one, x[2 * i + 1] * to_one) : 0u;
+      shared.query[n][8 * part + i] = finite ? pack_half2(x[2 * i] * to_one, x[2 * i + 1] * to_one) : 0u;
     }
     if (part == 0) {
       const float levels = kRotated ? p.book.unit * rsqrtf(static_cast<float>(dim)) : 1.0f;
@@ -243,7 +269,8 @@ TQ_DEVICE void write_outputs(const AttendArgs& p, const ColumnTile& tile, int he
 
 // Grid: (tiles of columns, KV heads * parts, splits).
 template <class C>
-TQ_KERNEL(C::kThreads) attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
+TQ_KERNEL(C::kThreads)
+attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
   TQ_SHARED(AttendShared<C>, shared);
   const AttendParams& a = p.attend;
   const int lane = threadIdx.x % C::kWave, warp = threadIdx.x / C::kWave;
@@ -252,26 +279,16 @@ TQ_KERNEL(C::kThreads) attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
   find_columns<C::kWave>(a, static_cast<int>(blockIdx.x), group, shared.tile);
   const ColumnTile tile = shared.tile;
   if (tile.seq < 0) return;
+  const Context context(a, tile, group);
+  const int split = static_cast<int>(blockIdx.z), used = context.used_splits(p.splits);
+  if (split >= used) return;
+  const int first = static_cast<int>(int64_t{context.num_tiles} * split / used);
+  const int last = static_cast<int>(int64_t{context.num_tiles} * (split + 1) / used);
   load_columns<C>(p, tile, head, group, shared);
 
-  // Tokens that some column sees, from the start of a tile on. Pages before them may have been freed.
-  const int num_rows = min(kColumns, tile.q_len * group - tile.row0), context = tile.len - tile.q_len;
-  const int low = context + tile.row0 / group, high = context + (tile.row0 + num_rows - 1) / group;
-  const int32_t* spans = a.spans == nullptr ? nullptr : a.spans + int64_t{tile.seq} * a.max_spans * 2;
-  int begin = 0, end = tile.len;
-  if (spans == nullptr) {
-    if (a.causal) end = min(end, high + 1);
-    if (a.sliding_window > 0) begin = max(0, low - a.sliding_window + 1) / kAtomTokens * kAtomTokens;
-  }
-  const int num_tiles = max(0, end - begin + kAtomTokens - 1) / kAtomTokens, split = static_cast<int>(blockIdx.z);
-  // A split for less than a tile a warp is not worth its merge: those behind `used` have nothing to do.
-  const int used = min(max((num_tiles + kAttendWarps - 1) / kAttendWarps, 1), p.splits);
-  const int first = split < used ? static_cast<int>(int64_t{num_tiles} * split / used) : 0;
-  const int last = split < used ? static_cast<int>(int64_t{num_tiles} * (split + 1) / used) : 0;
-
   // This lane's column.
-  const int column = lane % kColumns, row = tile.row0 + min(column, num_rows - 1);
-  const int position = context + row / group;
+  const int column = lane % kColumns, row = tile.row0 + min(column, context.num_rows - 1);
+  const int position = tile.len - tile.q_len + row / group;
   const float slope = a.alibi_slopes != nullptr ? a.alibi_slopes[head * group + row % group] : 0.0f;
   const float unit = shared.unit[column];
   const bool modified = a.soft_cap > 0.0f || a.alibi_slopes != nullptr;
@@ -285,7 +302,7 @@ TQ_KERNEL(C::kThreads) attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
   }
 
   for (int t = first + warp; t < last; t += kAttendWarps) {
-    const int token0 = begin + t * kAtomTokens;
+    const int token0 = context.begin + t * kAtomTokens;
     const int last_row = min(kAtomTokens, tile.len - token0) - 1;  // rows behind it hold anything
     const uint8_t* atom = token_atom(a.cache, table, head, token0);
     float s[kResults];
@@ -297,7 +314,8 @@ TQ_KERNEL(C::kThreads) attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
       float x = s[i] * unit;
       if constexpr (C::F::kKeyBits != 8) x *= load_half(atom + a.cache.layout.key_norm_offset(r));
       if (modified) x = modify_score(x, a.soft_cap, slope, token - position);
-      if (token >= tile.len || !visible(position, token, a.causal, a.sliding_window, spans, a.max_spans)) x = kMasked;
+      if (token >= tile.len || !visible(position, token, a.causal, a.sliding_window, context.spans, a.max_spans))
+        x = kMasked;
       s[i] = x;
       higher = fmaxf(higher, x - kHeadroom);
     }
@@ -349,10 +367,9 @@ TQ_KERNEL(C::kThreads) attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
     }
     __syncthreads();
   }
-  float* partial = p.partial + ((int64_t{blockIdx.x} * (a.cache.layout.num_kv_heads * C::kParts) + blockIdx.y) *
-                                    p.splits +
-                                split) *
-                                   partial_floats(C::kPartDim);
+  float* partial =
+      p.partial + ((int64_t{blockIdx.x} * (a.cache.layout.num_kv_heads * C::kParts) + blockIdx.y) * p.splits + split) *
+                      partial_floats(C::kPartDim);
   for (int i = threadIdx.x; i < kColumns * C::kPartDim / 4; i += C::kThreads) {
     const int c = i / (C::kPartDim / 4), d = 4 * (i % (C::kPartDim / 4));
     float reference = shared.top[0][c], total = 0.0f;
@@ -376,24 +393,26 @@ TQ_KERNEL(C::kThreads) attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
 
 // Joins the partial results of a sequence's splits. Grid: (tiles of columns, KV heads * parts).
 template <int kWave>
-TQ_KERNEL(kMergeThreads) merge_kernel(TQ_ARGUMENT(MergeArgs) p) {
+TQ_KERNEL(kMergeThreads)
+merge_kernel(TQ_ARGUMENT(MergeArgs) p) {
   TQ_SHARED(ColumnTile, shared);
   const AttendParams& a = p.attend.attend;
   const int group = a.num_heads / a.cache.layout.num_kv_heads;
   find_columns<kWave>(a, static_cast<int>(blockIdx.x), group, shared);
   const ColumnTile tile = shared;
   if (tile.seq < 0) return;
+  const int used = Context(a, tile, group).used_splits(p.attend.splits);
   const int head = blockIdx.y / p.parts, part = blockIdx.y % p.parts, floats = partial_floats(p.part_dim);
-  const float* partial = p.attend.partial + (int64_t{blockIdx.x} * (a.cache.layout.num_kv_heads * p.parts) +
-                                             blockIdx.y) *
-                                                p.attend.splits * floats;
+  const float* partial =
+      p.attend.partial +
+      (int64_t{blockIdx.x} * (a.cache.layout.num_kv_heads * p.parts) + blockIdx.y) * p.attend.splits * floats;
   for (int i = threadIdx.x; i < kColumns * p.part_dim / 4; i += kMergeThreads) {
     const int c = i / (p.part_dim / 4), d = 4 * (i % (p.part_dim / 4));
     const float* tops = partial + kColumns * p.part_dim + c;
     float top = kLowest, sum = 0.0f;
-    for (int s = 0; s < p.attend.splits; ++s) top = fmaxf(top, tops[int64_t{s} * floats]);
+    for (int s = 0; s < used; ++s) top = fmaxf(top, tops[int64_t{s} * floats]);
     float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int s = 0; s < p.attend.splits; ++s) {
+    for (int s = 0; s < used; ++s) {
       const float f = exp2_approx(tops[int64_t{s} * floats] - top);
       const float4 o = *reinterpret_cast<const float4*>(partial + int64_t{s} * floats + c * p.part_dim + d);
       x.x = fmaf(o.x, f, x.x), x.y = fmaf(o.y, f, x.y), x.z = fmaf(o.z, f, x.z), x.w = fmaf(o.w, f, x.w);

@@ -8,7 +8,8 @@ namespace tq::gpu {
 
 // A template only so that every file that includes this may have it.
 template <int kThreads>
-TQ_KERNEL(kThreads) copy_pages_kernel(TQ_ARGUMENT(CopyParams) p) {
+TQ_KERNEL(kThreads)
+copy_pages_kernel(TQ_ARGUMENT(CopyParams) p) {
   wait_for_previous_grid();
   const int64_t from = p.src_dst[2 * blockIdx.x], to = p.src_dst[2 * blockIdx.x + 1];
   if (from < 0 || to < 0 || from >= p.cache.num_blocks || to >= p.cache.num_blocks) return;

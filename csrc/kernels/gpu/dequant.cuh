@@ -56,7 +56,8 @@ TQ_DEVICE int sequence_of(const int32_t* start, int num_seqs, int row) {
 }
 
 template <class F, int kLanes, int kWave>
-TQ_KERNEL(kDequantThreads) dequant_kernel(TQ_ARGUMENT(DequantArgs) p) {
+TQ_KERNEL(kDequantThreads)
+dequant_kernel(TQ_ARGUMENT(DequantArgs) p) {
   wait_for_previous_grid();
   constexpr int kVectors = kWave / kLanes, kUnroll = row_unroll(kLanes), kRows = kVectors * kUnroll;
   const DequantParams& d = p.dequant;
@@ -148,7 +149,8 @@ TQ_KERNEL(kDequantThreads) dequant_kernel(TQ_ARGUMENT(DequantArgs) p) {
 }
 
 template <int kLanes, int kWave>
-TQ_KERNEL(kRotateThreads) rotate_kernel(TQ_ARGUMENT(RotateArgs) p) {
+TQ_KERNEL(kRotateThreads)
+rotate_kernel(TQ_ARGUMENT(RotateArgs) p) {
   wait_for_previous_grid();
   constexpr int kVectors = kWave / kLanes, kUnroll = row_unroll(kLanes);
   const RotateParams& r = p.rotate;

@@ -204,7 +204,8 @@ TQ_DEVICE int64_t divide_slot(int64_t slot, int block_size, int& rest) {
 
 // Grid: warps over (token group, KV head, keys or values), the last fastest.
 template <class F, int kLanes, int kWave>
-TQ_KERNEL(kStoreThreads) store_kernel(TQ_ARGUMENT(StoreArgs) p) {
+TQ_KERNEL(kStoreThreads)
+store_kernel(TQ_ARGUMENT(StoreArgs) p) {
   constexpr uint32_t kVectors = kWave / kLanes;
   const StoreParams& s = p.store;
   const PageLayout& layout = s.cache.layout;

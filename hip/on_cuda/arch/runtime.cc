@@ -1,5 +1,6 @@
-// runtime.cc - libamdhip64 of a machine with an NVIDIA GPU: HIP's names over the CUDA runtime. The kernel library opens it
-// by TQ_HIP_LIBRARY and runs unchanged; in place of AMD's code objects it gets kernels.hip as nvcc compiled it. For tests.
+// runtime.cc - libamdhip64 of a machine with an NVIDIA GPU: HIP's names over the CUDA runtime. The kernel library opens
+// it by TQ_HIP_LIBRARY and runs unchanged; in place of AMD's code objects it gets kernels.hip as nvcc compiled it. For
+// tests.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>

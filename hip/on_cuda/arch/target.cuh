@@ -1,5 +1,5 @@
-// target.cuh - NVIDIA GPUs as a target of kernels.hip: what the HIP kernels do but for AMD's own instructions can be run
-// on them. Waves of 32 lanes; the matrix operation has the operand layout of gfx12 and is made of shuffles.
+// target.cuh - NVIDIA GPUs as a target of kernels.hip: what the HIP kernels do but for AMD's own instructions can be
+// run on them. Waves of 32 lanes; the matrix operation has the operand layout of gfx12 and is made of shuffles.
 #pragma once
 
 #include "kernels/cuda/arch/target.cuh"

@@ -1,6 +1,7 @@
 // cuda_runtime_api.h - the names that the GPU tests use, as functions of the libamdhip64 that the HIP kernel library
-// uses too (TQ_HIP_LIBRARY, else ROCm's): with it the same tests run on the model of tests/simt, on an NVIDIA GPU through
-// hip/on_cuda, and on AMD hardware. Where a function is missing, as graphs are in the model, a call gives an error.
+// uses too (TQ_HIP_LIBRARY, else ROCm's): with it the same tests run on the model of tests/simt, on an NVIDIA GPU
+// through hip/on_cuda, and on AMD hardware. Where a function is missing, as graphs are in the model, a call gives an
+// error.
 #pragma once
 
 #include <dlfcn.h>
@@ -41,8 +42,8 @@ int call(const char* name, Args... args) {
 
 inline const char* cudaGetErrorString(int error) {
   using Get = const char* (*)(int);
-  const auto f =
-      reinterpret_cast<Get>(hip_names::library() != nullptr ? dlsym(hip_names::library(), "hipGetErrorString") : nullptr);
+  const auto f = reinterpret_cast<Get>(
+      hip_names::library() != nullptr ? dlsym(hip_names::library(), "hipGetErrorString") : nullptr);
   return f != nullptr ? f(error) : "there is no libamdhip64";
 }
 inline int cudaMalloc(void** p, size_t bytes) { return hip_names::call("hipMalloc", p, bytes); }
@@ -58,7 +59,9 @@ inline int cudaStreamCreateWithFlags(cudaStream_t* s, unsigned flags) {
 }
 inline int cudaStreamDestroy(cudaStream_t s) { return hip_names::call("hipStreamDestroy", s); }
 inline int cudaStreamSynchronize(cudaStream_t s) { return hip_names::call("hipStreamSynchronize", s); }
-inline int cudaStreamBeginCapture(cudaStream_t s, int mode) { return hip_names::call("hipStreamBeginCapture", s, mode); }
+inline int cudaStreamBeginCapture(cudaStream_t s, int mode) {
+  return hip_names::call("hipStreamBeginCapture", s, mode);
+}
 inline int cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* g) { return hip_names::call("hipStreamEndCapture", s, g); }
 inline int cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g, unsigned long long flags) {
   return hip_names::call("hipGraphInstantiateWithFlags", e, g, flags);
