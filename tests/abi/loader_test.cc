@@ -182,14 +182,16 @@ TEST(Loader, EnvironmentNamesTheFolder) {
 }
 
 // The native half of tq-check, as a user runs it.
+int run(const std::string& environment, const std::string& args, std::string* output) {
+  FILE* pipe = popen((environment + " " + TQ_CHECK_ABI + " " + args + " 2>&1").c_str(), "r");
+  char buffer[4096];
+  output->clear();
+  for (size_t n = 0; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) output->append(buffer, n);
+  return WEXITSTATUS(pclose(pipe));
+}
+int run(const std::string& args, std::string* output) { return run("", args, output); }
+
 TEST(CheckAbi, ExitCodesAndSentences) {
-  auto run = [](const std::string& args, std::string* output) {
-    FILE* pipe = popen((std::string(TQ_CHECK_ABI) + " " + args + " 2>&1").c_str(), "r");
-    char buffer[4096];
-    output->clear();
-    for (size_t n = 0; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) output->append(buffer, n);
-    return WEXITSTATUS(pclose(pipe));
-  };
   std::string output;
   EXPECT_EQ(run(TQ_BACKEND_PATH, &output), 0);
   EXPECT_NE(output.find("has ABI version 1.0"), std::string::npos) << output;
@@ -202,6 +204,33 @@ TEST(CheckAbi, ExitCodesAndSentences) {
   EXPECT_EQ(run("/nonexistent.so", &output), 1);
   EXPECT_EQ(run("--frobnicate", &output), 2);
   EXPECT_NE(output.find("usage:"), std::string::npos);
+  EXPECT_EQ(run("--self-test=tpu", &output), 2);
+  EXPECT_NE(output.find("no device kind 'tpu'"), std::string::npos);
+}
+
+TEST(CheckAbi, ExplainsTheChoice) {
+  std::string output;
+  EXPECT_EQ(run("TQ_KERNELS_DIR=" + kDir + "/cpu_and_hip", TQ_BACKEND_PATH, &output), 0);
+  EXPECT_NE(output.find("The cpu kernels are usable: its build id matches and its device is there"), std::string::npos);
+  EXPECT_NE(output.find("score 20"), std::string::npos) << output;
+  EXPECT_NE(output.find("the hip kernels run: the highest score"), std::string::npos) << output;
+  EXPECT_EQ(run("TQ_DEVICE=cpu TQ_KERNELS_DIR=" + kDir + "/cpu_and_hip", TQ_BACKEND_PATH, &output), 0);
+  EXPECT_NE(output.find("the cpu kernels run: the highest score"), std::string::npos) << output;
+}
+
+// The real CPU kernels pass; kernels that swap two centroids, the smallest mistake there is, do not.
+TEST(CheckAbi, SelfTest) {
+  std::string output;
+  EXPECT_EQ(run(std::string("--self-test=cpu ") + TQ_BACKEND_PATH, &output), 0);
+  EXPECT_NE(output.find("\nPASSED: "), std::string::npos) << output;
+  EXPECT_EQ(
+      run("TQ_KERNELS_DIR=" + kDir + "/swapped_centroids", std::string("--self-test=cpu ") + TQ_BACKEND_PATH, &output),
+      1);
+  EXPECT_NE(output.find("turboquant_k8v4 head_dim 64: store"), std::string::npos) << output;
+  EXPECT_NE(output.find("\nFAILED: "), std::string::npos) << output;
+  EXPECT_EQ(run("TQ_KERNELS_DIR=" + kDir + "/no_device", std::string("--self-test=cuda ") + TQ_BACKEND_PATH, &output),
+            1);
+  EXPECT_NE(output.find("The self-test cannot run: no CUDA device"), std::string::npos) << output;
 }
 
 }  // namespace

@@ -124,6 +124,7 @@ TQ_DEVICE void load_columns(const AttendArgs& p, const ColumnTile& tile, int hea
   const AttendParams& a = p.attend;
   const int part = threadIdx.x % kLanes, dim = a.cache.layout.head_dim;
   const int block = hadamard_block_of(part, dim);
+#pragma unroll 1
   for (int n = threadIdx.x / kLanes; n < kColumns; n += C::kThreads / kLanes) {  // the same for all lanes of a warp
     const int row = tile.row0 + n;
     float x[16];
@@ -140,15 +141,12 @@ TQ_DEVICE void load_columns(const AttendArgs& p, const ColumnTile& tile, int hea
 #pragma unroll
       for (int i = 0; i < 16; ++i) x[i] *= norm;
     }
-    float largest = 0.0f;
-    bool finite = true;
+    int bits = 0;  // of the largest |x|: such integers are ordered as their floats are, and what is not finite is above
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      largest = fmaxf(largest, fabsf(x[i]));
-      finite = finite && fabsf(x[i]) <= 3e38f;
-    }
-    largest = reduce_row<kLanes>(largest, [](float u, float v) { return fmaxf(u, v); });
-    finite = reduce_row<kLanes>(finite ? 1 : 0, [](int u, int v) { return u & v; }) != 0;
+    for (int i = 0; i < 16; ++i) bits = max(bits, __float_as_int(fabsf(x[i])));
+    bits = reduce_row<kLanes>(bits, [](int u, int v) { return max(u, v); });
+    const float largest = __int_as_float(bits);
+    const bool finite = bits < 0x7f800000;
     const float to_one = finite && largest > 0.0f ? 1.0f / largest : 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -354,6 +352,7 @@ attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
 #pragma unroll
   for (int w = 0; w < kAttendWarps; ++w) higher = fmaxf(higher, shared.top[w][column]);
   const float f = exp2_approx(top - higher);
+#pragma unroll 1
   for (int w = 0; w < kAttendWarps; ++w) {
     if (w == warp) {
 #pragma unroll
@@ -370,6 +369,7 @@ attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
   float* partial =
       p.partial + ((int64_t{blockIdx.x} * (a.cache.layout.num_kv_heads * C::kParts) + blockIdx.y) * p.splits + split) *
                       partial_floats(C::kPartDim);
+#pragma unroll 1
   for (int i = threadIdx.x; i < kColumns * C::kPartDim / 4; i += C::kThreads) {
     const int c = i / (C::kPartDim / 4), d = 4 * (i % (C::kPartDim / 4));
     float reference = shared.top[0][c], total = 0.0f;
