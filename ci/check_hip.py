@@ -31,7 +31,7 @@ COMMON = {
 }
 MATRIX = {"gfx9": r"v_mfma_f32_16x16x16_?f16", "gfx11": r"v_wmma_f32_16x16x16_f16", "gfx12": r"v_wmma_f32_16x16x16_f16"}
 # Instances without a spilled register of any kind; no kernel may spill vector registers or use scratch memory.
-MAIN = re.compile(r"tq_(store|dequant|rotate|merge|copy)|tq_attend_k[48]v4_(64|128)")
+MAIN = re.compile(r"tq_(store|dequant|rotate|merge|copy)|tq_attend_k[348]v[34]_(64|128)")
 
 
 def tool(compiler: str, name: str) -> str:

@@ -54,6 +54,15 @@ TQ_DEVICE void wait_for_previous_grid() {}
 TQ_DEVICE void let_next_grid_launch() {}
 TQ_DEVICE float opaque_float(float x) { return x; }
 
+// x, computed anew: what depends on it is not kept from one turn of a loop to the next. Each comparison with a lane's
+// number that is kept takes two scalar registers, of which there are about a hundred.
+TQ_DEVICE int renew(int x) {
+#if defined(__AMDGCN__)
+  asm volatile("" : "+v"(x));
+#endif
+  return x;
+}
+
 using Half = _Float16;
 TQ_DEVICE uint16_t half_bits(float x) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
 TQ_DEVICE float half_value(Half x) { return static_cast<float>(x); }

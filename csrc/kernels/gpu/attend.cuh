@@ -196,7 +196,6 @@ template <class C>
 TQ_DEVICE void load_values(const AttendArgs& p, const uint8_t* atom, int last, int first_unit, int lane,
                            uint32_t* value) {
   const PageLayout& layout = p.attend.cache.layout;
-#pragma unroll
   for (int item = lane; item < 8 * C::kSlice / 16; item += C::kWave) {
     const int pair = item % 8, unit = item / 8;
     uint32_t h[2][8];
@@ -303,8 +302,9 @@ attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
     const int token0 = context.begin + t * kAtomTokens;
     const int last_row = min(kAtomTokens, tile.len - token0) - 1;  // rows behind it hold anything
     const uint8_t* atom = token_atom(a.cache, table, head, token0);
+    const int here = renew(lane);
     float s[kResults];
-    score_tile<C>(p, shared, atom, min(lane % 16, last_row), lane, s);
+    score_tile<C>(p, shared, atom, min(here % 16, last_row), here, s);
     float higher = top;
 #pragma unroll
     for (int i = 0; i < kResults; ++i) {
@@ -336,7 +336,7 @@ attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
     operand_of_results(s, weights);
 #pragma unroll
     for (int slice = 0; slice < C::kPartDim / C::kSlice; ++slice) {
-      load_values<C>(p, atom, last_row, (part * C::kPartDim + slice * C::kSlice) / 16, lane, shared.value[warp]);
+      load_values<C>(p, atom, last_row, (part * C::kPartDim + slice * C::kSlice) / 16, here, shared.value[warp]);
       sync_wave();
       add_values<C>(shared.value[warp], lane, weights, out + slice * C::kSlice / 16);
       sync_wave();

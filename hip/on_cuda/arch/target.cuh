@@ -26,6 +26,7 @@ template <class T>
 TQ_DEVICE T shuffle_up(T x, int distance) {
   return __shfl_up_sync(cuda::kFullMask, x, distance);
 }
+TQ_DEVICE int renew(int x) { return x; }
 TQ_DEVICE void sync_wave() { __syncwarp(); }
 TQ_DEVICE uint32_t multiply_half2(uint32_t a, uint32_t b) {
   const __half2 h = __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
