@@ -11,6 +11,8 @@
 
 namespace tq::cuda {
 
+constexpr int kFoldTiles = 64;  // between two calls of fold_zeros
+
 // Bytes of shared memory of a CTA besides the rings and their barriers.
 template <class C>
 __host__ __device__ constexpr int decode_query_bytes(int warps) {
@@ -38,13 +40,15 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
   wait_for_previous_grid();
   let_next_grid_launch();
   const S schedule(p, lane);
-  const int total = schedule.total;
-  const int quota = max(p.grid.divide(total + static_cast<int>(gridDim.x) - 1), p.min_tiles);
-  const int cta_begin = min(static_cast<int>(blockIdx.x) * quota, total), cta_end = min(cta_begin + quota, total);
+  const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+  const auto stretches =
+      Stretches::make(p.deal, schedule.total, p.grid.divide(schedule.total + ctas - 1), schedule.row, p.min_tiles);
+  const int cta_begin = stretches.begin(cta), cta_end = stretches.end(cta);
   if (cta_begin == cta_end) return;
-  const int share = p.warps.divide(cta_end - cta_begin), rest = p.warps.rest(cta_end - cta_begin);
-  const int begin = cta_begin + warp * share + min(warp, rest);
-  const int end = begin + share + (warp < rest ? 1 : 0);
+  // No warp before the last one with tiles may have none: the merge takes neighbours for neighbours on the line.
+  const int tiles = cta_end - cta_begin;
+  const int begin = cta_begin + (tiles < warps ? min(warp, tiles) : p.warps.divide(tiles * warp));
+  const int end = cta_begin + (tiles < warps ? min(warp + 1, tiles) : p.warps.divide(tiles * (warp + 1)));
 
   // This warp's part of the CTA's first rows. It asks for the query before anything is copied: behind the rings' first
   // copies, which fill the memory's queues, it would arrive microseconds later.
@@ -93,6 +97,7 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
       work.tile(c, ring.wait());
       ring.release();
       ring.fill_next(stream);
+      if (at % kFoldTiles == kFoldTiles - 1) work.fold_zeros();
     }
     const bool complete = from_start && c.tile == c.q.tiles;
     if (at == end) {  // the ring is free now
@@ -124,7 +129,7 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
     }
   }
   __syncthreads();
-  merge_cta<C>(p, fragments, smem, ring_bytes, cta_begin, cta_end, quota, warp, warps, lane);
+  merge_cta<C>(p, fragments, smem, ring_bytes, stretches, cta_begin, cta_end, warp, warps, lane);
 }
 
 }  // namespace tq::cuda

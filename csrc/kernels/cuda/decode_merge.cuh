@@ -138,17 +138,16 @@ struct Combined {
   }
 };
 
-// A row that crosses the CTA's borders.
+// A row that crosses the CTA's borders; no owners: none.
 struct OpenRow {
-  int begin, end;
+  Owners owners;
   OutputRow row;
 };
 
 // Merges one row's partial results of all CTAs; by the whole CTA, whose shared memory is free.
 template <class C>
-TQ_DEVICE void merge_row(const DecodeParams& p, const OpenRow& open, int quota, uint8_t* smem, int warp, int warps,
-                         int lane) {
-  const int owner = open.begin / quota, count = (open.end - 1) / quota - owner + 1;
+TQ_DEVICE void merge_row(const DecodeParams& p, const OpenRow& open, uint8_t* smem, int warp, int warps, int lane) {
+  const int owner = open.owners.first, count = open.owners.count;
   constexpr int kDumpFloats = C::kColumns * C::kDumpPitch;
   // Slot 1 of the CTA where the row begins, slot 0 of the others.
   auto source = [&](int c, int n) {
@@ -177,11 +176,11 @@ TQ_DEVICE void merge_row(const DecodeParams& p, const OpenRow& open, int quota, 
 }
 
 template <class C>
-TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8_t* smem, int ring_bytes, int cta_begin,
-                         int cta_end, int quota, int warp, int warps, int lane) {
+TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8_t* smem, int ring_bytes,
+                         const Stretches& stretches, int cta_begin, int cta_end, int warp, int warps, int lane) {
   constexpr int kDumpFloats = C::kColumns * C::kDumpPitch;
   __shared__ OpenRow open[2];
-  if (threadIdx.x < 2) open[threadIdx.x].begin = -1;
+  if (threadIdx.x < 2) open[threadIdx.x].owners.count = 0;
   __syncthreads();
   // Groups of warps that hold parts of one row: first the row that began in an earlier CTA and ended in warp 0, then
   // those that were under way at the end of a warp's stretch. Their columns are dealt out to the warps in turn.
@@ -215,7 +214,7 @@ TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8
       }
     }
     task += row.columns;
-    if (!complete && threadIdx.x == 0) open[slot] = {begin, end, row};
+    if (!complete && threadIdx.x == 0) open[slot] = {stretches.owners(static_cast<int>(blockIdx.x), begin, end), row};
     if (leading_tail) {
       leading_tail = false;
     } else {
@@ -224,24 +223,23 @@ TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8
   }
   __shared__ bool arrived_last[2];
   __syncthreads();
-  if (open[0].begin < 0 && open[1].begin < 0) return;
+  if (open[0].owners.count == 0 && open[1].owners.count == 0) return;
   // One thread for each open row releases what the whole CTA wrote, the barrier above being before it, and acquires
   // what the others released. (A fence of every thread costs a microsecond and a half.)
   if (threadIdx.x < 2) {
-    const OpenRow row = open[threadIdx.x];
+    const Owners owners = open[threadIdx.x].owners;
     bool last = false;
-    if (row.begin >= 0) {
+    if (owners.count > 0) {
       // A CTA has at most one row that begins in it and goes on: its counter is that row's.
-      const int owner = row.begin / quota, count = (row.end - 1) / quota - owner + 1;
-      last = arrive(p.counters + owner) == count - 1;
-      if (last) p.counters[owner] = 0;
+      last = arrive(p.counters + owners.first) == owners.count - 1;
+      if (last) p.counters[owners.first] = 0;
     }
     arrived_last[threadIdx.x] = last;
   }
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    if (arrived_last[k]) merge_row<C>(p, open[k], quota, smem, warp, warps, lane);
+    if (arrived_last[k]) merge_row<C>(p, open[k], smem, warp, warps, lane);
   }
 }
 

@@ -201,28 +201,13 @@ struct DecodeWarp {
     // decides when ref moves. A scale of 0 counts as the smallest that fp16 has: then p stays bounded too.
     float weight[C::kAtoms][NT][4], scaled[C::kAtoms][NT][4];
     float2 scale_of[C::kAtoms];
-    float largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < C::kAtoms; ++i) {
-      scale_of[i] = unpack_half2(scales[i]);
-      float top[2] = {0.0f, 0.0f};  // of the weights of this lane's two tokens
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float w = exp2_approx(fmaf(s[i][nt][j], scale.unit[nt][j & 1], run.minus_ref[nt][j & 1]));
-          weight[i][nt][j] = w;
-          scaled[i][nt][j] = w * (j < 2 ? scale_of[i].x : scale_of[i].y);
-          top[j / 2] = fmaxf(top[j / 2], w);
-        }
-      }
-      largest = fmaxf(largest, top[0] * fmaxf(scale_of[i].x, 6e-8f));
-      largest = fmaxf(largest, top[1] * fmaxf(scale_of[i].y, 6e-8f));
-    }
-    if (__any_sync(kFullMask, largest > 16384.0f)) {
-      raise_reference(s, scale_of);
+    for (int i = 0; i < C::kAtoms; ++i) scale_of[i] = unpack_half2(scales[i]);
+    auto weigh = [&] {  // returns the largest that the matrix unit will get
+      float largest = 0.0f;
 #pragma unroll
       for (int i = 0; i < C::kAtoms; ++i) {
+        float top[2] = {0.0f, 0.0f};  // of the weights of this lane's two tokens
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
@@ -230,9 +215,17 @@ struct DecodeWarp {
             const float w = exp2_approx(fmaf(s[i][nt][j], scale.unit[nt][j & 1], run.minus_ref[nt][j & 1]));
             weight[i][nt][j] = w;
             scaled[i][nt][j] = w * (j < 2 ? scale_of[i].x : scale_of[i].y);
+            top[j / 2] = fmaxf(top[j / 2], w);
           }
         }
+        largest = fmaxf(largest, top[0] * fmaxf(scale_of[i].x, 6e-8f));
+        largest = fmaxf(largest, top[1] * fmaxf(scale_of[i].y, 6e-8f));
       }
+      return largest;
+    };
+    if (__any_sync(kFullMask, weigh() > 16384.0f)) {
+      raise_reference(s, scale_of);
+      weigh();
     }
     const uint8_t* first = shared_pointer(atoms + value_first);
     const uint8_t* third = shared_pointer(atoms + value_third);
@@ -283,24 +276,43 @@ struct DecodeWarp {
     }
   }
 
-  // Writes the state as plain floats: column n has its unnormalised output, then reference and sum at kDim, kDim + 1.
-  TQ_DEVICE void dump(float* to) {
+  // Adds the zero points to the outputs. Codes are not negative, so without them the accumulators only grow, and each
+  // sum in the matrix unit, which truncates, loses up to 2^-23 of them: over 20,000 tokens of nearly equal weight 1e-4
+  // of something a hundred times as large as the output. Now and then, they are small again.
+  TQ_DEVICE void fold_zeros() {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float sum = run.sum[nt][e], zero = run.zero[nt][e];
+        float zero = run.zero[nt][e];
 #pragma unroll
-        for (int o = 4; o < 32; o <<= 1) {
-          sum += __shfl_xor_sync(kFullMask, sum, o);
-          zero += __shfl_xor_sync(kFullMask, zero, o);
+        for (int o = 4; o < 32; o <<= 1) zero += __shfl_xor_sync(kFullMask, zero, o);
+        run.zero[nt][e] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < C::kDim / 16; ++i) {
+          run.o[nt][i][e] = fmaf(zero, 1.0f / kCodeUnits, run.o[nt][i][e]);
+          run.o[nt][i][2 + e] = fmaf(zero, 16.0f / kCodeUnits, run.o[nt][i][2 + e]);
         }
+      }
+    }
+  }
+
+  // Writes the state as plain floats: column n has its unnormalised output, then reference and sum at kDim, kDim + 1.
+  TQ_DEVICE void dump(float* to) {
+    fold_zeros();
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float sum = run.sum[nt][e];
+#pragma unroll
+        for (int o = 4; o < 32; o <<= 1) sum += __shfl_xor_sync(kFullMask, sum, o);
         float* column = to + (nt * 8 + 2 * t + e) * C::kDumpPitch;
 #pragma unroll
         for (int i = 0; i < C::kDim / 16; ++i) {
           const int2 d = Value::dims(i, r);
-          column[d.x] = fmaf(run.o[nt][i][e], kCodeUnits, zero);
-          column[d.y] = fmaf(run.o[nt][i][2 + e], kCodeUnits / 16.0f, zero);
+          column[d.x] = run.o[nt][i][e] * kCodeUnits;
+          column[d.y] = run.o[nt][i][2 + e] * (kCodeUnits / 16.0f);
         }
         if (r == 0) {
           column[C::kDim] = -run.minus_ref[nt][e];

@@ -102,6 +102,8 @@ KernelStatus launch_decode(DeviceState* state, const AttendParams& p, int max_qu
   d.block_size = make_divisor(p.cache.layout.block_size);
   d.grid = make_divisor(state->multiprocessors);
   d.warps = make_divisor(shape.warps);
+  const int column_tiles = (max_query_len * group_of(p.cache.layout, p.num_heads) + i->columns - 1) / i->columns;
+  d.deal = make_deal(int64_t{p.num_seqs} * p.cache.layout.num_kv_heads * column_tiles, state->multiprocessors);
   d.counters = counters_for(state, p.workspace);
   d.partial = static_cast<float*>(p.workspace);
   d.first = d.partial + decode_workspace(*state, *i).partial / 4;

@@ -2,12 +2,12 @@
 // so that a captured graph serves any lengths at replay and nothing is read back to the host.
 //
 // A row is (sequence, KV head, tile of query columns); it reads the sequence's visible tokens in tiles of a fixed
-// number. All tiles of all rows form one line, sequence-major; each CTA takes an equal stretch of it, each warp an
-// equal part of that, and only partial results of rows that cross a border are merged.
+// number. All tiles of all rows form one line, sequence-major; each CTA takes a stretch of it (stretches.h), each warp
+// an equal part of that, and only partial results of rows that cross a border are merged.
 #pragma once
 
+#include "kernels/cuda/stretches.h"
 #include "kernels/gpu/device_book.h"
-#include "kernels/cuda/divisor.h"
 #include "kernels/gpu/row_lanes.cuh"
 #include "kernels/kernels.h"
 
@@ -17,7 +17,8 @@ struct DecodeParams {
   AttendParams attend;
   DeviceBook book;
   Divisor group, kv_heads, block_size, grid, warps;  // group: query heads of a KV head
-  int* counters;                                     // [gridDim.x], zero between launches
+  Deal deal;
+  int* counters;   // [gridDim.x], zero between launches
   float* partial;  // [gridDim.x][2][columns][head_dim_v + 2 rounded up to 4], of rows that cross CTAs
   float* first;    // [gridDim.x][warps][2][...]: of the row that ends inside a warp's stretch, of a whole row within it
   int slots;       // of a warp's ring, in tiles
@@ -72,16 +73,21 @@ struct Schedule {
   Sequence first;  // sequence `lane`
   int first_end;   // tiles of sequences 0 to `lane`
   int total;       // tiles of the whole launch
+  int row;         // tiles of each row of it, 0 if they differ
 
   TQ_DEVICE Schedule(const DecodeParams& p, int lane) {
     first = read_sequence<kTileTokens, kColumns>(p, lane);
     first_end = running_sum(first.tiles * first.rows, lane);
     total = __shfl_sync(kFullMask, first_end, 31);
+    row = __shfl_sync(kFullMask, first.tiles, 0);
     int sum = 0;
+    bool same = first.rows == 0 || first.tiles == row;
     for (int s = lane + 32; s < p.attend.num_seqs; s += 32) {
       const Sequence q = read_sequence<kTileTokens, kColumns>(p, s);
       sum += q.tiles * q.rows;
+      same = same && (q.rows == 0 || q.tiles == row);
     }
+    if (!__all_sync(kFullMask, same)) row = 0;
     if (p.attend.num_seqs > 32) total += reduce_row<32>(sum, [](int a, int b) { return a + b; });
   }
 

@@ -13,7 +13,6 @@ struct DeviceBook {
   uint32_t bytes[4];   // level + 64 of code i in byte i
   float unit;          // 1 / scale: a level's value in standard deviations
   float midpoints[8];  // of the positive half, ascending: codes of |x|
-  int half;            // codes on one side of zero
 };
 
 // null (FP8 keys) gives zeros.
@@ -24,8 +23,8 @@ inline DeviceBook make_device_book(const Codebook* book) {
     out.bytes[i / 4] |= static_cast<uint32_t>(book->levels[i] + kLevelOffset) << (8 * (i % 4));
   }
   out.unit = 1.0f / book->scale;
-  out.half = book->num_levels / 2;
-  for (int i = 0; i + 1 < out.half; ++i) out.midpoints[i] = book->midpoints[out.half + i];
+  const int half = book->num_levels / 2;  // codes on one side of zero
+  for (int i = 0; i + 1 < half; ++i) out.midpoints[i] = book->midpoints[half + i];
   return out;
 }
 
