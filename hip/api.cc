@@ -136,8 +136,9 @@ KernelStatus create(int device_index, const ParallelFor*, DeviceState** out) {
     const char* reason = nullptr;
     const Runtime* r = runtime(&reason);
     if (r == nullptr) return no_device(reason);
-    int count = 0;
-    if (int e = r->init(0); e != 0 || (e = r->device_count(&count)) != 0) {
+    int count = 0, e = r->init(0);
+    if (e == 0) e = r->device_count(&count);
+    if (e != 0) {
       r->last_error();
       return no_device(std::string(r->error_string(e)) + " (" + r->error_name(e) + ")");
     }
@@ -149,7 +150,8 @@ KernelStatus create(int device_index, const ParallelFor*, DeviceState** out) {
     state->runtime = r;
     int before = 0;
     r->get_device(&before);
-    if (const int e = r->set_device(device_index); e != 0) return status_of(*r, e, "choosing the HIP device");
+    e = r->set_device(device_index);
+    if (e != 0) return status_of(*r, e, "choosing the HIP device");
     const KernelStatus status = open_device(state.get());
     if (status.code != 0 && state->module != nullptr) r->unload_module(state->module);
     r->set_device(before);

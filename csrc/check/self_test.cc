@@ -380,7 +380,7 @@ class SelfTest {
   const TqApi& api_;
   TqBackend* backend_;
   std::unique_ptr<DeviceMemory> memory_;
-  std::mt19937 rng_{kSeed};
+  std::mt19937 rng_{kSeed};  // NOLINT(bugprone-random-generator-seed): the same numbers on every machine
   TqFormatInfo format_ = {};
   int dim_ = 0, num_tokens_ = 0, passed_ = 0, failed_ = 0;
   std::vector<float> key_, value_, decoded_key_, decoded_value_;
