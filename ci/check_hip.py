@@ -108,6 +108,10 @@ def main() -> int:
             path = f"{folder}/{target}.o"
             run(bundler, "--unbundle", "--type=o", f"--targets={ids[target]}", f"--input={bundle}", f"--output={path}")
             kernels = metadata(run(tool(compiler, "llvm-readelf"), "--notes", path))
+            if not re.search(
+                r"OBJECT +GLOBAL .* tq_wave_size$", run(tool(compiler, "llvm-readelf"), "--dyn-syms", path), re.M
+            ):
+                problems.append(f"{target}: the host cannot find tq_wave_size")
             code = instructions(run(tool(compiler, "llvm-objdump"), "-d", "--no-show-raw-insn", path))
         problems += check_target(target, kernels, code)
         if kernels:
