@@ -38,7 +38,12 @@ def tool(compiler: str, name: str) -> str:
     """The tool of the compiler's own version."""
     at = Path(shutil.which(compiler) or compiler)
     suffix = re.search(r"-\d+$", at.name)
-    for candidate in (at.parent / (name + (suffix[0] if suffix else "")), at.resolve().parent / name):
+    beside = at.resolve().parent
+    for candidate in (
+        at.parent / (name + (suffix[0] if suffix else "")),
+        beside / name,
+        beside.parent / "llvm/bin" / name,  # of hipcc
+    ):
         if candidate.exists():
             return str(candidate)
     raise SystemExit(f"there is no {name} beside {at}; on Debian: apt-get install {at.name.replace('clang++', 'llvm')}")

@@ -65,7 +65,12 @@ else
   export TQ_CUDA_ARCHITECTURES=OFF
 fi
 
-[[ " $TQ_REQUIRE_KERNELS " == *" hip "* ]] || export TQ_HIP_COMPILER=OFF # a minute of compiling
+# Without hip, no HIP kernels either: they take a minute. Named always, because CMake's cache remembers the last one.
+if [[ " $TQ_REQUIRE_KERNELS " == *" hip "* ]]; then
+  export TQ_HIP_COMPILER=${TQ_HIP_COMPILER:-clang++-22}
+else
+  export TQ_HIP_COMPILER=OFF
+fi
 
 # What a build writes beside the sources (.pyc, .so, egg-info) is no input: with it every second run would build again.
 inputs=(CMakeLists.txt setup.py pyproject.toml README.md csrc hip plugin)
