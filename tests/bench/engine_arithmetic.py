@@ -8,13 +8,17 @@ get_kv_cache_capacity.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from tq_backend import model_layers
+from tq_backend.vllm_adapter import page_plan, patches
+from tq_backend.vllm_adapter.backend import TurboQuantBackend
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms.interface import Platform
@@ -84,10 +88,13 @@ def engine_config(
     )
 
 
-def capacity(config: Any, specs: dict[str, Any]) -> Capacity:
-    """The engine's answer. Raises RefusedByEngine if it would refuse to start."""
+def capacity(config: Any, specs: dict[str, Any], groups: Callable[..., Any] | None = None) -> Capacity:
+    """The engine's answer. Raises RefusedByEngine if it would refuse to start. groups: in place of the engine's own
+    get_kv_cache_groups, which is used even where this process has registered the adapter."""
+    module = patches.planning_module()
     try:
-        found = planned(config, specs)
+        with mock.patch.object(module, "get_kv_cache_groups", groups or patches.unwrapped(module.get_kv_cache_groups)):
+            found = planned(config, specs)
     except (ValueError, AssertionError) as error:
         where = traceback.extract_tb(error.__traceback__)[-2 if isinstance(error, AssertionError) else -1].name
         raise RefusedByEngine(str(error) or f"{type(error).__name__} in {where}") from error
@@ -205,20 +212,32 @@ def in_tree_capacity(
         if hybrid:
             Platform._align_hybrid_block_size(vllm_config, first)
         if cache.kv_cache_dtype_skip_layers:
-            Platform._align_heterogeneous_kv_block_size(vllm_config, first)
+            align = Platform._align_heterogeneous_kv_block_size
+            patches.unwrapped(align.__func__)(Platform, vllm_config, first)
 
+    return capacity(vllm_config, engines_specs(vllm_config, layers, format_name, is_packed, TurboQuantAttentionBackend))
+
+
+def engines_specs(
+    vllm_config: Any,
+    layers: list[model_layers.CacheLayer],
+    format_name: str,
+    is_packed: Callable[[model_layers.CacheLayer], bool],
+    packed_backend: Any,
+) -> dict[str, Any]:
+    """What vLLM's Attention and Mamba layers and its runner make of the layers that own a cache."""
     specs: dict[str, Any] = {}
     for layer in layers:
         if layer.state_bytes:
             specs[str(layer.number)] = MambaSpec(
-                block_size=max_model_len,
+                block_size=vllm_config.model_config.max_model_len,
                 shapes=((layer.state_bytes,),),
                 dtypes=(torch.uint8,),
-                page_size_padded=cache.mamba_page_size_padded,
+                page_size_padded=vllm_config.cache_config.mamba_page_size_padded,
             )
             continue
         packed = is_packed(layer)
-        backend = TurboQuantAttentionBackend if packed else NativeBackend
+        backend = packed_backend if packed else NativeBackend
         module = SimpleNamespace(
             attn_type=AttentionType.DECODER,
             kv_cache_dtype=format_name if packed or format_name == "fp8" else "auto",
@@ -227,10 +246,26 @@ def in_tree_capacity(
             num_kv_heads=layer.num_kv_heads,
             head_size=layer.head_dim,
             head_size_v=layer.head_dim,
-            kv_cache_torch_dtype=torch.uint8 if packed or format_name == "fp8" else native_dtype,
+            kv_cache_torch_dtype=torch.uint8 if packed or format_name == "fp8" else vllm_config.model_config.dtype,
         )
         specs[str(layer.number)] = customize_attention_spec(backend, Attention.get_kv_cache_spec(module, vllm_config))
-    return capacity(vllm_config, specs)
+    return specs
+
+
+def adapted_capacity(
+    config: dict, format_name: str, memory: int, *, tp: int, max_model_len: int, in_flight_tokens: int
+) -> Capacity:
+    """What the engine counts with our backend and the adapter's page plan, from specs that it makes itself."""
+    skipped = model_layers.skip_layers(config)
+    layers = [layer for layer in model_layers.cache_layers(config, tp) if layer.kv_sharing_target == -1]
+    vllm_config = engine_config(memory, max_model_len, in_flight_tokens, KVCacheLayout.LBHNC, 1, 16)
+    vllm_config.cache_config.user_specified_block_size = False
+    vllm_config.model_config.dtype = getattr(torch, model_layers.text_config(config)["dtype"])
+    specs = engines_specs(
+        vllm_config, layers, format_name, lambda layer: layer.number not in skipped, TurboQuantBackend
+    )
+    own = patches.unwrapped(patches.planning_module().get_kv_cache_groups)
+    return capacity(vllm_config, specs, partial(page_plan.grouped, own))
 
 
 class StateShapes:

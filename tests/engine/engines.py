@@ -102,25 +102,27 @@ class Seen:
     """What an engine said: log probabilities of given prompt tokens, and of its own greedy tokens."""
 
     prompt: list[float] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)  # their tokens
     tokens: list[list[int]] = field(default_factory=list)
     generated: list[list[float]] = field(default_factory=list)
     hit_tokens: int = 0  # prompt tokens of the second round that came from the prefix cache
 
 
-def observe_rounds(
-    engine: Engine, first_round: list[list[int]], second_round: list[list[int]], generated: int = GENERATED
-) -> Seen:
-    """Greedy generation for the prompts of two batches, the second after the first is done."""
+def observe_rounds(engine: Engine, first_round: list, second_round: list, generated: int = GENERATED) -> Seen:
+    """Greedy generation for the prompts of two batches, the second after the first is done. A prompt is a list of tokens, or what
+    vLLM takes for one with images."""
     from vllm import SamplingParams
 
     seen = Seen()
 
-    def generate(batch: list[list[int]], **more) -> None:
+    def generate(batch: list, **more) -> None:
         params = SamplingParams(
             temperature=0, max_tokens=generated, ignore_eos=True, detokenize=False, logprobs=0, **more
         )
-        outputs = engine.llm.generate([{"prompt_token_ids": p} for p in batch], params, use_tqdm=False)
-        for tokens, output in zip(batch, outputs, strict=True):
+        prompts = [p if isinstance(p, dict) else {"prompt_token_ids": p} for p in batch]
+        for output in engine.llm.generate(prompts, params, use_tqdm=False):
+            tokens = output.prompt_token_ids  # an image's placeholders are filled in
+            seen.prompts.append(list(tokens))
             if output.prompt_logprobs:
                 seen.prompt += [output.prompt_logprobs[i][tokens[i]].logprob for i in range(1, len(tokens))]
             seen.hit_tokens += output.num_cached_tokens or 0

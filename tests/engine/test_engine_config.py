@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,9 @@ from tq_backend.vllm_adapter import conflicts, engine_config, patches, tolerance
 from tq_backend.vllm_adapter.backend import TurboQuantBackend
 from tq_backend.vllm_adapter.impl import TurboQuantImpl
 from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
-from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder
+from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder, check_window
+from tq_backend.vllm_adapter.options import check_in_force
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
@@ -51,6 +54,20 @@ def test_an_explicit_flag_is_a_choice_per_layer_and_forces_no_flash_attention():
 def test_skip_layers_replace_vllms_choice():
     config = made(additional_config={"turboquant": {"skip_layers": [3]}})
     assert config.cache_config.kv_cache_dtype_skip_layers == ["3"]
+
+
+def test_options_in_a_configuration_made_otherwise_are_an_error():
+    """They act where EngineArgs makes it; a worker is the first that sees another one."""
+    options = {"turboquant": {"skip_layers": [3], "sliding_window": 64}}
+    config = made(additional_config=options)
+    assert config.cache_config.sliding_window == 64
+    check_in_force(config.additional_config)
+    parts = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+    late = VllmConfig(**(parts | {"additional_config": options}))
+    with pytest.raises(ValueError, match="sets skip_layers, sliding_window in a VllmConfig that was not made by"):
+        TurboQuantMetadataBuilder(SimpleNamespace(block_size=16), [], late, torch.device("cpu"))
+    check_in_force({"turboquant": {"current": "raw", "strict": False}})
+    check_in_force(None)
 
 
 def test_an_engine_without_a_compressed_cache_is_left_alone(monkeypatch):
@@ -144,6 +161,20 @@ def test_another_platform_is_refused(monkeypatch):
     other = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: False, device_name="xpu")
     monkeypatch.setattr(platforms, "_current_platform", other)
     assert "no kernels for xpu" in refused()
+
+
+def test_a_window_that_no_layer_would_take_is_noticed(warnings_said):
+    asked = SimpleNamespace(
+        hf_overrides={"sliding_window": 64}, hf_text_config=SimpleNamespace(layer_types=["full_attention"])
+    )
+    engine_config._set_window(
+        SimpleNamespace(cache_config=SimpleNamespace(sliding_window=None), model_config=asked), None
+    )
+    assert len(warnings_said) == 1 and "set additional_config['turboquant']['sliding_window']" in warnings_said[0]
+    layers = {"a": SimpleNamespace(impl=SimpleNamespace(sliding_window=0))}
+    with pytest.raises(NotImplementedError, match="leaves a without a window"):
+        check_window(layers, 64)
+    check_window(layers, None)
 
 
 OTHER_PLUGIN = "def register():\n    from vllm import a_name_that_is_gone\n"

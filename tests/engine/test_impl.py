@@ -196,8 +196,9 @@ def test_spans_of_a_batch():
 def test_the_builder_hands_images_on(monkeypatch, clamped, spans):
     """Gemma 4 clamps an image to the window of a layer; one that is longer is left causal, as vLLM does for other models."""
     a_layer = SimpleNamespace(
-        impl=layer(sliding_window=16), mm_prefix_clamp_sliding_window=clamped, kv_sharing_target_layer_name=None
-    )
+        impl=layer(sliding_window=16), head_size_v=HEAD_DIM, mm_prefix_clamp_sliding_window=clamped,
+        kv_sharing_target_layer_name=None,
+    )  # fmt: skip
     monkeypatch.setattr(metadata_module, "get_layers_from_vllm_config", lambda *_: {"0": a_layer})
     scheduler = SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=1)
     builder = metadata_module.TurboQuantMetadataBuilder(

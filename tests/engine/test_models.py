@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import tiny_models
+import torch
 from engines import (
     Seen,
     attention_layers,
@@ -14,6 +17,7 @@ from engines import (
     replayed_float_cache,
     running,
 )
+from safetensors.torch import load_file, save_file
 from tiny_models import prompt
 from tq_backend.cli.engine import Engine, counters
 from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder
@@ -93,6 +97,76 @@ def test_float_pages_equal_the_stock_engine(name, folder, freed):
     assert ours.hit_tokens == stock.hit_tokens
     assert ours.tokens == stock.tokens
     assert largest_difference(ours, stock) < OWN_TOLERANCE.get(name, TOLERANCE)
+
+
+VALUE_DIM = 16  # of 32
+
+
+def narrow_values(monkeypatch) -> None:
+    """Llama with head_size_v 16. The architectures of vLLM that have one choose a backend that no CPU runs."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models import llama
+
+    def forward(self, positions, hidden_states):
+        q, k, v = self.qkv_proj(hidden_states)[0].split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))[..., :VALUE_DIM].flatten(-2)
+        out = self.attn(q, k, v).unflatten(-1, (self.num_heads, VALUE_DIM))
+        return self.o_proj(torch.nn.functional.pad(out, (0, self.head_dim - VALUE_DIM)).flatten(-2))[0]
+
+    monkeypatch.setattr(llama, "Attention", partial(Attention, head_size_v=VALUE_DIM))
+    monkeypatch.setattr(llama.LlamaAttention, "forward", forward)
+
+
+def test_values_narrower_than_keys(tmp_path, monkeypatch):
+    """Against the stock engine on wide values whose second half is zero."""
+    options = options_of("llama", tmp_path)
+    file = options["model"] / "model.safetensors"
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if name.endswith("v_proj.weight"):
+            weight.unflatten(0, (-1, 32))[:, VALUE_DIM:] = 0
+    save_file(weights, file, metadata={"format": "pt"})
+    with running(None, **options) as engine:
+        stock = observe(engine)
+    narrow_values(monkeypatch)
+    with raw_pages(), running(DTYPE, **options) as engine:
+        ours = observe(engine)
+        page = attention_layers(engine)[0].kv_cache[0].numel()
+    assert page == options["block_size"] * 2 * (32 + VALUE_DIM) * 4
+    assert ours.tokens == stock.tokens
+    assert largest_difference(ours, stock) < TOLERANCE
+
+
+WINDOW = {"sliding_window": tiny_models.WINDOW}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "stock"),
+    [
+        # LlamaConfig has no such field and keeps what it is given.
+        ("llama", {"hf_overrides": WINDOW}, {"hf_overrides": WINDOW}),
+        # Qwen3Config has made a list of layers with full attention by then, and the override changes nothing.
+        ("qwen3", {"additional_config": {"turboquant": {"skip_layers": [], **WINDOW}}}, {"model": "qwen3_window"}),
+    ],
+    ids=["hf_overrides", "turboquant option"],
+)
+def test_a_window_of_the_users_is_in_force(name, ours, stock, folder, freed):
+    options = options_of(name, folder)
+    if "model" in stock:
+        stock = {"model": tiny_models.make(stock["model"], folder)}
+    with running(None, **(options | stock)) as engine:
+        reference = observe(engine)
+    with raw_pages(), running(DTYPE, **options) as engine:
+        full = observe(engine)
+    assert not any(freed)
+    with raw_pages(), running(DTYPE, **(options | ours)) as engine:
+        poison_freed_pages(engine)
+        windowed = observe(engine)
+    assert any(freed)
+    print(name, "difference", largest_difference(windowed, reference), "to full", largest_difference(windowed, full))
+    assert largest_difference(windowed, reference) < TOLERANCE
+    assert largest_difference(windowed, full) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["gemma3n", "gemma4"])

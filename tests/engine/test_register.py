@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engines import MODEL
 from tq_backend.register import BACKEND_PATH, CPU_PLATFORM_PATH, cpu_platform, register
 from tq_backend.vllm_adapter.options import Options, read_options
 
@@ -70,6 +71,66 @@ def test_declining_is_said_and_stops_a_compressed_cache(tmp_path, before, missin
     assert "RuntimeError: kv_cache_dtype turboquant_4bit_nc needs tq-backend on a CPU" in said
 
 
+STRICT = """
+import sys
+{before}
+from tq_backend.register import register
+register()
+register()
+{after}
+"""
+MAKE = """
+from vllm.engine.arg_utils import EngineArgs
+for options in ({{}}, {{"turboquant": {{"strict": True}}}}):
+    config = EngineArgs(
+        model={model!r}, kv_cache_dtype="turboquant_4bit_nc", skip_tokenizer_init=True, additional_config=options
+    ).create_engine_config()
+    print("made with", options)
+"""
+COMPLETE = """
+from types import SimpleNamespace
+from vllm.config import VllmConfig, CacheConfig
+for options in ({}, {"turboquant": {"strict": True}}):
+    VllmConfig(cache_config=CacheConfig(cache_dtype="turboquant_4bit_nc"), additional_config=options)
+    print("made with", options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        # The adapter cannot be imported at all.
+        (
+            "sys.modules['tq_backend.vllm_adapter'] = None",
+            MAKE.format(model=str(MODEL)),
+            "import of tq_backend.vllm_adapter",
+        ),
+        # The first wrap is made, the second cannot be.
+        (
+            "from vllm.v1.core import kv_cache_utils as a; del a.get_kv_cache_groups\n"
+            "try:\n    from vllm.v1.core import kv_cache_planning as b; del b.get_kv_cache_groups\n"
+            "except ImportError: pass",
+            MAKE.format(model=str(MODEL)),
+            "get_kv_cache_groups",
+        ),
+        # No wrap can be made where it should be.
+        (
+            "from vllm.engine.arg_utils import EngineArgs; del EngineArgs.create_engine_config",
+            COMPLETE,
+            "create_engine_config",
+        ),
+    ],
+    ids=["adapter", "second wrap", "first wrap"],
+)
+def test_strict_holds_where_the_adapter_breaks(before, after, reason):
+    done = in_a_new_process(STRICT.format(before=before, after=after))
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, said
+    assert done.stdout.count("made with") == 1 and "made with {}" in done.stdout, said
+    last = said[said.rfind("tq-backend, strict: ") :]
+    assert last and reason in last, said
+
+
 def test_routes_by_cache_dtype():
     from tq_backend.vllm_adapter.platform import TurboQuantCpuPlatform as Platform
 
@@ -119,6 +180,8 @@ def test_what_a_gpu_platform_asks_the_backend():
         ({"turboquant": {"skip_layers": [1.5]}}, "must be a list"),
         ({"turboquant": {"skip_layers": [True]}}, "must be a list"),
         ({"turboquant": {"strict": 1}}, "must be true or false"),
+        ({"turboquant": {"sliding_window": 0}}, "'sliding_window'.* is 0; it must be a number of tokens, 1 or more"),
+        ({"turboquant": {"sliding_window": "64"}}, "'sliding_window'.* is '64'; it must be a number"),
         ({"turboquant": ["skip_layers"]}, "must be a dictionary"),
         ({"turboquant": {"current": "exact"}}, "'current'.* is 'exact'; it must be one of .'raw', 'compressed'"),
     ],

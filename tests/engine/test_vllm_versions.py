@@ -1,5 +1,5 @@
-"""What an engine's Python shows without its kernels: registration, page sizes, selection. Of the installed vLLM, and of the one
-that TQ_VLLM names (a folder with an unpacked wheel; vLLM 0.33 has no CPU build to install)."""
+"""What an engine's Python shows without its kernels: registration, spec customisation, page sizes, selection, refusals, the page plan.
+Of the installed vLLM, and of 0.33, which has no CPU build to install: ci/setup.sh puts its Python files beside the environment."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-INSTALLED, OTHER = "installed", os.environ.get("TQ_VLLM", "")
+ROOT = Path(__file__).resolve().parents[2]
+OTHER = Path(os.environ.get("TQ_VLLM") or Path(sys.prefix) / "opt" / "vllm-0.33.0")
+VERSIONS = ["0.32", "0.33"]
+# What runs on either engine's Python. Real engines need its kernels too.
+SHARED = (
+    "engine/test_register.py",
+    "engine/test_engine_config.py",
+    "engine/test_page_plan.py",
+    "python/test_plan_engine.py",
+)
 
 # A wheel for GPUs finds no platform here, and its CUDA platform opens kernels that do not load; choosing calls none of them.
 ASK = """
@@ -62,17 +72,32 @@ SLOTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "where", [INSTALLED, pytest.param(OTHER, marks=pytest.mark.skipif(not OTHER, reason="TQ_VLLM is not set"))]
-)
-def test_registration_page_sizes_and_selection(where):
-    path = ["" if where == INSTALLED else where, os.environ.get("PYTHONPATH", "")]
+def run(version: str, *command: str) -> subprocess.CompletedProcess:
+    """Python with that vLLM in front. Fails where it is missing: a skip would go unnoticed."""
+    path = [os.environ.get("PYTHONPATH", "")]
+    if version != VERSIONS[0]:
+        assert (OTHER / "vllm").is_dir(), (
+            f"no vLLM in {OTHER}: run TQ_BUILD_TESTS=ON bash ci/setup.sh, or name one in TQ_VLLM"
+        )
+        path = [str(OTHER), *path]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=False, env=env)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, env=env, cwd=ROOT)
+
+
+def test_the_other_vllm_passes_what_needs_no_engine():
+    files = [f"tests/{name}" for name in SHARED]
+    done = run(VERSIONS[1], "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not engine_reports", *files)
+    print(done.stdout[-3000:] + done.stderr[-1000:])
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_registration_page_sizes_and_selection(version):
+    done = run(version, "-c", ASK)
     lines = [line for line in done.stdout.splitlines() if line.startswith("answer ")]
     assert lines, done.stdout + done.stderr
     answer = json.loads(lines[0].removeprefix("answer "))
-    print(answer["version"])
+    assert answer["version"].startswith(version)
     assert answer["unmet"] == [] and answer["abstract"] == []
     assert answer["path"] == "tq_backend.vllm_adapter.backend.TurboQuantBackend"
     assert answer["wrapped"]

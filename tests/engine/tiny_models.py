@@ -45,6 +45,12 @@ LINEAR_ATTENTION = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 # name: (configuration class, its arguments)
+WINDOWED = {  # one model whose class takes no window from the user, and as its class makes it with one
+    "qwen3": ("Qwen3Config", BASE),
+    "qwen3_window": (
+        "Qwen3Config", BASE | {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 0}
+    ),
+}  # fmt: skip
 ARCHITECTURES = {
     "llama": ("LlamaConfig", BASE),
     "gemma2": (
@@ -81,7 +87,7 @@ ARCHITECTURES = {
 
 def make(name: str, folder: Path) -> Path:
     """Writes the checkpoint to folder / name; the weights are the same each time."""
-    config_class, arguments = ARCHITECTURES[name]
+    config_class, arguments = (ARCHITECTURES | WINDOWED)[name]
     torch.manual_seed(SEED)
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, config_class)(**arguments), dtype=torch.float32
@@ -92,6 +98,61 @@ def make(name: str, folder: Path) -> Path:
                 parameter.copy_(torch.linspace(-1.0, 2.0, parameter.numel()))
     model.save_pretrained(folder / name)
     return folder / name
+
+
+IMAGE_SIZE, IMAGE_TOKENS = 56, 16
+WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+START_OF_IMAGE, END_OF_IMAGE, IMAGE_TOKEN = 4, 5, 6
+# The processor looks for line breaks beside an image among the tokens.
+WORDS += ["\n" * count for count in range(1, 5)]
+
+
+def make_vision(folder: Path) -> Path:
+    """Gemma 3 with a vision tower, and a processor with a vocabulary of its own."""
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    words = WORDS + [f"w{i}" for i in range(len(WORDS), VOCABULARY)]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    processor = transformers.Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            **{f"{word[1:-1]}_token": word for word in WORDS[:4]},
+            extra_special_tokens={"boi_token": WORDS[4], "eoi_token": WORDS[5], "image_token": WORDS[6]},
+        ),
+        image_seq_length=IMAGE_TOKENS,
+    )
+    _, arguments = ARCHITECTURES["gemma3"]
+    config = transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**arguments).to_dict(),
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": IMAGE_SIZE, "patch_size": 7, "initializer_range": 0.2,
+        },
+        mm_tokens_per_image=IMAGE_TOKENS,
+        boi_token_index=START_OF_IMAGE,
+        eoi_token_index=END_OF_IMAGE,
+        image_token_index=IMAGE_TOKEN,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    made = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # zeros would make all images alike
+        weight = made.model.multi_modal_projector.mm_input_projection_weight
+        weight.copy_(torch.randn(weight.shape) * 0.2)
+    processor.save_pretrained(folder)
+    made.save_pretrained(folder)
+    # vLLM reads the names of the published checkpoints.
+    weights = load_file(folder / "model.safetensors")
+    renamed = {
+        k if "vision_model" in k else k.replace("vision_tower.", "vision_tower.vision_model."): w
+        for k, w in weights.items()
+    }
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def prompt(length: int, seed: int) -> list[int]:

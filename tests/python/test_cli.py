@@ -56,6 +56,7 @@ def test_plan_prints_what_each_layer_gets(tmp_path):
         "0-1, 4",
         "waste: ",
         "KV tokens",
+        "with --skip-layers none: ",
     ):
         assert words in done.stdout, done.stdout
     assert "does not fit" not in done.stdout

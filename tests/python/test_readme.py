@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("readme_figures", ROOT / "ci" / "readme_figures.py")
-readme_figures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(readme_figures)
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+readme_figures = script("readme_figures")
 
 EMPTY = "before\n<!-- figures -->\nold\n<!-- end of figures -->\nafter\n"
 ENTRY = {
@@ -31,6 +38,18 @@ ENTRY = {
 def test_pages_are_up_to_date(name):
     text = (ROOT / name).read_text()
     assert readme_figures.rewritten(text, ROOT / "tests/bench/results", name) == text, "run ci/readme_figures.py"
+
+
+def test_the_support_table_is_up_to_date_and_names_tests_that_exist():
+    support = script("support_matrix")
+    text = (ROOT / "README.md").read_text()
+    assert support.rewritten(text) == text, "run ci/support_matrix.py"
+    names = [
+        "engine/test_models.py::test_values_narrower_than_keys",
+        "engine/test_models.py::test_gone",
+        "engine/gone.py::test_x",
+    ]
+    assert support.missing_tests(names, ROOT / "tests") == names[1:]
 
 
 def test_a_results_file_is_on_one_page(tmp_path: Path):

@@ -56,7 +56,7 @@ class Engine:
             enforce_eager=True,
             max_model_len=max_tokens + 1,
             # A prompt may fill the model's context; the token sampled after it is never run through the model.
-            hf_overrides={"max_position_embeddings": max_tokens + 1},
+            hf_overrides={"max_position_embeddings": max_tokens + 1} | options.pop("hf_overrides", {}),
             **({"max_num_seqs": 8, "max_num_batched_tokens": max_tokens + 1, "enable_prefix_caching": False} | options),
         )
         self.model: torch.nn.Module = self.llm.apply_model(lambda model: model)[0]

@@ -22,6 +22,7 @@ STRATEGIES = {
 # Twice vLLM's default --max-num-batched-tokens of a server on a large GPU: with asynchronous scheduling two batches are under
 # way, and a window's pages are freed behind them.
 IN_FLIGHT_TOKENS = 2 * 8192
+WORTH_A_LINE = 1.02  # times as many tokens
 
 
 def parse_memory(text: str) -> int:
@@ -159,6 +160,16 @@ def lines(name: str, found: dict) -> list[str]:
     return out
 
 
+def none_skipped(default: dict, none: dict) -> list[str]:
+    """What a plan with vLLM's choice of native layers costs against one without any, if that is worth a line."""
+    if not default["skipped"] or none["kv_tokens"] < WORTH_A_LINE * default["kv_tokens"]:
+        return []
+    return [
+        f"  with --skip-layers none: {none['kv_tokens']} KV tokens, {none['num_groups']} group{'s' * (none['num_groups'] > 1)}, "
+        f"waste {waste_percent(none):.2f} %"
+    ]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="a model's config.json or its folder")
     parser.add_argument("--memory", type=parse_memory, required=True, help="for one device's KV cache, e.g. 24GiB")
@@ -192,21 +203,22 @@ def run(args: argparse.Namespace) -> int:
         names = (
             [args.format] if args.format else ["auto", *(f["name"] for f in native().formats() if not f["test_only"])]
         )
-        plans = {
-            name: plan(
+
+        def plan_with(name: str, skip: list[int] | None) -> dict:
+            return plan(
                 config,
                 name,
                 args.block_size,
                 args.memory,
                 tp=args.tp,
                 max_model_len=args.max_model_len,
-                skip=args.skip_layers,
+                skip=skip,
                 in_flight_tokens=args.in_flight_tokens,
                 blocks_per_state=args.blocks_per_state,
                 side_by_side=args.side_by_side,
             )
-            for name in names
-        }
+
+        plans = {name: plan_with(name, args.skip_layers) for name in names}
     except ValueError as error:
         print(f"tq plan: {error}")
         return 2
@@ -214,5 +226,6 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plans, indent=1))
         return 0
     for name, found in plans.items():
-        print("\n".join(lines(name, found)))
+        hint = none_skipped(found, plan_with(name, [])) if found["skipped"] else []
+        print("\n".join(lines(name, found) + hint))
     return 0

@@ -70,3 +70,28 @@ def adjust(vllm_config: Any, options: Options, flash_attn_version: int | None) -
             "tq-backend: layers %s keep the native cache: they are skipped or share a cache with one that is",
             ", ".join(cache.kv_cache_dtype_skip_layers),
         )
+    _set_window(vllm_config, options.sliding_window)
+    scheduler = vllm_config.scheduler_config
+    if vllm_config.model_config.is_mm_prefix_lm and not scheduler.disable_chunked_mm_input:
+        # vLLM does so on GPUs: the tokens of an image see each other in both directions, so no chunk may end inside it.
+        scheduler.disable_chunked_mm_input = True
+        logger.info("tq-backend: images are prefilled in one piece (--disable-chunked-mm-input)")
+
+
+def _set_window(vllm_config: Any, window: int | None) -> None:
+    """vLLM gives cache_config.sliding_window to each layer that names no window of its own, and sets it from the model's config
+    where all layers have one; a config class of other layer types ignores a window of the user's, or refuses it."""
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if window is not None:
+        cache.sliding_window = window
+        logger.info("tq-backend: layers without a window of their own attend to the last %d tokens", window)
+        return
+    overrides = model.hf_overrides if isinstance(model.hf_overrides, dict) else {}
+    asked = overrides.get("sliding_window") or (overrides.get("text_config") or {}).get("sliding_window")
+    types = getattr(model.hf_text_config, "layer_types", None) or []
+    if asked and cache.sliding_window is None and "sliding_attention" not in types:
+        logger.warning(
+            "tq-backend: hf_overrides sets sliding_window to %s, and no layer of this model takes it from there; set "
+            "additional_config['turboquant']['sliding_window']",
+            asked,
+        )

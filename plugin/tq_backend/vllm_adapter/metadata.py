@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from tq_backend._library import device_index, native, torch_ops
 from tq_backend.vllm_adapter import formats, prefill
-from tq_backend.vllm_adapter.options import read_options
+from tq_backend.vllm_adapter.options import check_in_force, read_options
 from tq_backend.vllm_adapter.prefill_plan import Geometry, Limits, Plan, limits_of, make_plan, workspace_size
 from tq_backend.vllm_adapter.spans import spans_of_batch
 from tq_backend.vllm_adapter.tolerance import pass_over
@@ -71,6 +71,16 @@ def check_shared_caches(layers: dict[str, Any]) -> None:
             )
 
 
+def check_window(layers: dict[str, Any], window: int | None) -> None:
+    """Raises NotImplementedError if the user set a window and a layer has none: a few models take it back."""
+    without = sorted(name for name, layer in layers.items() if not layer.impl.sliding_window)
+    if window is not None and without:
+        raise NotImplementedError(
+            f"additional_config['turboquant']['sliding_window'] is {window}, and this model's code leaves "
+            f"{', '.join(without)} without a window; leave the option away for it"
+        )
+
+
 class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     # The kernels read lengths and tables from device memory and ask the host for nothing, so a captured graph serves every
     # batch within its tokens, requests and max_query_len. vLLM captures mixed batches with max_query_len = tokens, and decodes
@@ -85,9 +95,13 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     ) -> None:
         pass_over("a metadata builder", unknown)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        check_in_force(vllm_config.additional_config)
         check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        check_window(layers, read_options(vllm_config.additional_config).sliding_window)
         scheduler = vllm_config.scheduler_config
+        for layer in layers.values():  # vLLM gives it to the layer and not to the implementation
+            layer.impl.head_size_v = layer.head_size_v
         impls = list({id(layer.impl): layer.impl for layer in layers.values()}.values())
         # Gemma 4 clamps an image to the window; up to the window's length that changes nothing.
         self.longest_span = max(

@@ -9,8 +9,10 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-KEYS = ("skip_layers", "current", "strict")
+KEYS = ("skip_layers", "current", "strict", "sliding_window")
 CURRENT = ("raw", "compressed")
+# What acts where EngineArgs makes a configuration, and the key beside "turboquant" that says it did.
+AT_CREATION, CREATED = ("skip_layers", "strict", "sliding_window"), "tq_backend_created"
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Options:
     current: str | None = None
     # An error instead of a warning line where TurboQuant was asked for and something else would run.
     strict: bool = False
+    # Tokens that a layer without a window of its own attends to; None: all. A config class may refuse or ignore such a window.
+    sliding_window: int | None = None
 
 
 def read_options(additional_config: Any) -> Options:
@@ -38,11 +42,28 @@ def read_options(additional_config: Any) -> Options:
     strict = given.get("strict", False)
     if not isinstance(strict, bool):
         raise ValueError(f"additional_config['turboquant']['strict'] is {strict!r}; it must be true or false")
+    window = given.get("sliding_window")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ValueError(
+            f"additional_config['turboquant']['sliding_window'] is {window!r}; it must be a number of tokens, 1 or more"
+        )
     skip = given.get("skip_layers")
     if skip is None:
-        return Options(current=current, strict=strict)
+        return Options(current=current, strict=strict, sliding_window=window)
     if not isinstance(skip, list) or not all(isinstance(x, int | str) and not isinstance(x, bool) for x in skip):
         raise ValueError(
             f"additional_config['turboquant']['skip_layers'] is {skip!r}; it must be a list of layer numbers or layer kinds"
         )
-    return Options(skip_layers=tuple(str(x) for x in skip), current=current, strict=strict)
+    return Options(tuple(str(x) for x in skip), current, strict, window)
+
+
+def check_in_force(additional_config: Any) -> None:
+    """Raises ValueError for options that came too late: in a VllmConfig that EngineArgs did not make."""
+    options = read_options(additional_config)
+    late = [key for key in AT_CREATION if getattr(options, key) not in (None, False)]
+    if late and not additional_config.get(CREATED):
+        raise ValueError(
+            f"additional_config['turboquant'] sets {', '.join(late)} in a VllmConfig that was not made by "
+            "EngineArgs.create_engine_config, where they act; make it there, or set cache_config.kv_cache_dtype_skip_layers and "
+            "cache_config.sliding_window yourself and leave them away"
+        )
