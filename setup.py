@@ -1,7 +1,7 @@
 """Builds the shared libraries with CMake and puts them into the package. The rest is in pyproject.toml.
 
 Environment: TQ_BUILD_DIR keeps the CMake build folder (default: a temporary one); TQ_REQUIRE_KERNELS names kernel libraries
-("cpu cuda") without which the build fails.
+("cpu cuda hip") without which the build fails; TQ_CUDA_ARCHITECTURES and TQ_HIP_COMPILER (each may be OFF) go to CMake.
 """
 
 import importlib.util

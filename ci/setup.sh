@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes a fresh Debian 12 or Ubuntu 24.04 machine ready: system packages, .venv with torch and the CPU build of vLLM, and this
 # package built and installed into it. Does nothing that is done already; a second run takes seconds.
-# Environment: TQ_REQUIRE_KERNELS, "cpu" or "cpu cuda": with cuda, the CUDA compiler too and the CUDA kernels for
-# TQ_CUDA_ARCHITECTURES. TQ_BUILD_TESTS=ON: the C++ tests too, and the Python files of a second vLLM for tests/engine.
+# Environment: TQ_REQUIRE_KERNELS, some of "cpu cuda hip": with cuda, the CUDA compiler too and the CUDA kernels for
+# TQ_CUDA_ARCHITECTURES; with hip, clang 22 too and the HIP kernels, but not where the distribution has no clang 22 and
+# TQ_HIP_COMPILER names none. TQ_BUILD_TESTS=ON: the C++ tests too, and the Python files of a second vLLM for tests/engine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,6 +20,8 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
 # libnuma1: without it vLLM's CPU extension does not load, and the engine fails at its first operator.
 packages=(g++ python3-venv python3-dev libhwy-dev libfmt-dev libgtest-dev libnuma1)
+# The HIP kernels' compiler, its linker and bundler, and llvm-objdump for ci/check_hip.py. Nothing of ROCm.
+[[ " $TQ_REQUIRE_KERNELS " != *" hip "* || -n "${TQ_HIP_COMPILER:-}" ]] || packages+=(clang-22 lld-22 clang-tools-22 llvm-22)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok installed' || missing+=("$package")
@@ -27,6 +30,11 @@ if [ ${#missing[@]} -gt 0 ]; then
   stage "system packages: ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
   as_root apt-get update
+  if [[ " ${missing[*]} " == *" clang-22 "* ]] && ! apt-cache show clang-22 >/dev/null 2>&1; then
+    echo "this distribution has no clang-22: the HIP kernels are left out (TQ_HIP_COMPILER names another compiler)"
+    TQ_REQUIRE_KERNELS=${TQ_REQUIRE_KERNELS/hip/}
+    for i in "${!missing[@]}"; do [[ ${missing[i]} != *-22 ]] || unset 'missing[i]'; done
+  fi
   as_root apt-get install -y --no-install-recommends "${missing[@]}"
 fi
 
@@ -72,8 +80,15 @@ else
   export TQ_CUDA_ARCHITECTURES=OFF
 fi
 
+# Without hip, no HIP kernels either: they take a minute. Named always, because CMake's cache remembers the last one.
+if [[ " $TQ_REQUIRE_KERNELS " == *" hip "* ]]; then
+  export TQ_HIP_COMPILER=${TQ_HIP_COMPILER:-clang++-22}
+else
+  export TQ_HIP_COMPILER=OFF
+fi
+
 # What a build writes beside the sources (.pyc, .so, egg-info) is no input: with it every second run would build again.
-inputs=(CMakeLists.txt setup.py pyproject.toml README.md csrc plugin)
+inputs=(CMakeLists.txt setup.py pyproject.toml README.md csrc hip plugin)
 sources=$(find "${inputs[@]}" -type f ! -name '*.pyc' ! -name '*.so' ! -path '*.egg-info/*' | LC_ALL=C sort | xargs sha256sum | sha256sum)
 installed() { # every kernel library that is required: an earlier run may have required fewer
   local kind

@@ -2,7 +2,7 @@
 # Everything that is checked: set-up, lint, C++ tests, exported symbols, Python and engine tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export TQ_BUILD_TESTS=ON TQ_REQUIRE_KERNELS="${TQ_REQUIRE_KERNELS:-cpu cuda}"
+export TQ_BUILD_TESTS=ON TQ_REQUIRE_KERNELS="${TQ_REQUIRE_KERNELS:-cpu cuda hip}"
 bash ci/setup.sh
 # The installed package came from build/ too; this adds the tests to it.
 .venv/bin/cmake -S . -B build -DTQ_BUILD_TESTS=ON >/dev/null

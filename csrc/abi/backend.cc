@@ -55,9 +55,10 @@ Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   if (out == nullptr) return invalid("out is NULL; it must point to a TqBackend*");
   TqBackendOptions options = {};
   if (Status s = read_struct("options", given, sizeof(TqBackendOptions), &options); !s.ok()) return s;
-  if (std::find(std::begin(kDeviceKinds), std::end(kDeviceKinds), options.device_kind) == std::end(kDeviceKinds)) {
+  if (options.device_kind != TQ_DEVICE_AUTO &&
+      std::find(std::begin(kDeviceKinds), std::end(kDeviceKinds), options.device_kind) == std::end(kDeviceKinds)) {
     return invalid("options.device_kind is " + std::to_string(options.device_kind) +
-                   "; it must be CPU (1), CUDA (2) or HIP (3)");
+                   "; it must be AUTO (0), CPU (1), CUDA (2) or HIP (3)");
   }
   if (options.device_index < 0) {
     return invalid("options.device_index is " + std::to_string(options.device_index) + "; it must not be negative");
@@ -75,18 +76,20 @@ Status create_backend(const TqBackendOptions* given, TqBackend** out) {
     }
     parallel_for = {p.num_threads, p.context, p.run};
   }
-  const std::string path = kernel_library_path(
-      options.kernels_dir != nullptr ? options.kernels_dir : default_kernels_dir(), options.device_kind);
-  const KernelApi* kernels = nullptr;
-  if (Status s = load_kernel_library(path, options.device_kind, &kernels); !s.ok()) return s;
-  if (Status s = from_kernel(kernels->probe()); !s.ok()) return s;
+  const std::string dir = options.kernels_dir != nullptr ? options.kernels_dir : default_kernels_dir();
+  if (options.device_kind == TQ_DEVICE_AUTO) {
+    if (Status s = choose_kind(dir, &options.device_kind); !s.ok()) return s;
+  }
+  const Candidate chosen = examine(dir, options.device_kind);
+  if (!chosen.status.ok()) return chosen.status;
+  const KernelApi* kernels = chosen.kernels;
   DeviceState* state = nullptr;
   if (Status s = from_kernel(
           kernels->create(options.device_index, options.parallel_for != nullptr ? &parallel_for : nullptr, &state));
       !s.ok()) {
     return s;
   }
-  *out = new TqBackend{kernels, state, path};
+  *out = new TqBackend{kernels, state, chosen.path};
   return {};
 }
 
@@ -108,20 +111,15 @@ Status list_libraries(const char* kernels_dir, TqLibraryInfo* out, int64_t* coun
                    " rows");
   }
   for (int64_t i = 0; i < kNumber; ++i) {
+    const Candidate c = examine(kernels_dir != nullptr ? kernels_dir : default_kernels_dir(), kDeviceKinds[i]);
     TqLibraryInfo row = {};
     row.struct_size = sizeof(row);
-    row.device_kind = kDeviceKinds[i];
-    const std::string path =
-        kernel_library_path(kernels_dir != nullptr ? kernels_dir : default_kernels_dir(), kDeviceKinds[i]);
-    copy_text(path, row.path);
-    const KernelApi* kernels = nullptr;
-    Status status = load_kernel_library(path, kDeviceKinds[i], &kernels);
-    if (status.ok()) {
-      copy_text(kernels->build_id, row.build_id);
-      status = from_kernel(kernels->probe());
-    }
-    row.usable = status.ok() ? 1 : 0;
-    copy_text(status.ok() ? "its build id matches and its device is there" : status.message, row.reason);
+    row.device_kind = c.device_kind;
+    copy_text(c.path, row.path);
+    if (c.kernels != nullptr) copy_text(c.kernels->build_id, row.build_id);
+    row.usable = c.status.ok() ? 1 : 0;
+    row.score = c.score;
+    copy_text(c.status.ok() ? "its build id matches and its device is there" : c.status.message, row.reason);
     if (Status s = write_struct("out[i]", row, sizeof(TqLibraryInfo), &out[i]); !s.ok()) return s;
   }
   *count = kNumber;

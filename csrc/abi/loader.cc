@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <cstring>
 
 #include "build_id.h"
 
@@ -58,6 +59,56 @@ Status load_kernel_library(const std::string& path, int device_kind, const Kerne
                                         device_kind_name(device_kind)};
   }
   *api = found;
+  return {};
+}
+
+// GPUs before the CPU. CUDA before HIP only to have an order: a machine on which both work is rare, and its owner can
+// say.
+static int base_score(int device_kind) {
+  return device_kind == TQ_DEVICE_CUDA ? 30 : device_kind == TQ_DEVICE_HIP ? 20 : 10;
+}
+
+// What the environment's TQ_DEVICE names, or null.
+static const char* wanted_kind() {
+  const char* name = std::getenv("TQ_DEVICE");
+  return name != nullptr && *name != '\0' ? name : nullptr;
+}
+
+Candidate examine(const std::string& dir, int device_kind) {
+  Candidate out = {device_kind, kernel_library_path(dir, device_kind), nullptr, {}, 0};
+  out.status = load_kernel_library(out.path, device_kind, &out.kernels);
+  if (!out.status.ok()) return out;
+  if (const KernelStatus probed = out.kernels->probe(); probed.code != TQ_OK) {
+    out.status = {probed.code, probed.message};
+    return out;
+  }
+  const char* wanted = wanted_kind();
+  out.score = base_score(device_kind);
+  if (wanted != nullptr && std::strcmp(wanted, device_kind_name(device_kind)) == 0) out.score += 100;
+  return out;
+}
+
+Status choose_kind(const std::string& dir, int* device_kind) {
+  const char* wanted = wanted_kind();
+  bool known = wanted == nullptr;
+  std::string reasons;
+  int best = 0;
+  for (const int kind : kDeviceKinds) {
+    const Candidate c = examine(dir, kind);
+    if (wanted != nullptr && std::strcmp(wanted, device_kind_name(kind)) == 0) {
+      known = true;
+      if (!c.status.ok()) {
+        return {TQ_UNAVAILABLE,
+                std::string("TQ_DEVICE is ") + wanted + ", and its kernels are not usable: " + c.status.message};
+      }
+    }
+    if (c.score > best) best = c.score, *device_kind = kind;
+    if (!c.status.ok()) {
+      reasons += (reasons.empty() ? "" : "; ") + std::string(device_kind_name(kind)) + ": " + c.status.message;
+    }
+  }
+  if (!known) return invalid(std::string("TQ_DEVICE is ") + wanted + "; it must be cpu, cuda or hip");
+  if (best == 0) return {TQ_UNAVAILABLE, "no kernel library is usable: " + reasons};
   return {};
 }
 

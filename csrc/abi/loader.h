@@ -20,4 +20,17 @@ std::string kernel_library_path(const std::string& dir, int device_kind);
 // Opens the library and compares build ids. On success *api stays valid for the life of the process.
 Status load_kernel_library(const std::string& path, int device_kind, const KernelApi** api);
 
+// One kind of kernel library on this machine: found and asked for its device.
+struct Candidate {
+  int device_kind;
+  std::string path;
+  const KernelApi* kernels;  // null: it cannot be used or is not there
+  Status status;             // OK if it is usable
+  int score;                 // 0 if it is not usable
+};
+Candidate examine(const std::string& dir, int device_kind);
+
+// The kind with the highest score; an error with all reasons if none is usable, or the one that TQ_DEVICE names is not.
+Status choose_kind(const std::string& dir, int* device_kind);
+
 }  // namespace tq

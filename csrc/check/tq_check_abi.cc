@@ -1,8 +1,13 @@
 // tq_check_abi.cc - opens any libtq_backend.so by path and says what it is and what it can use here.
 //
-//   tq-check-abi [--json] [PATH]      PATH: a libtq_backend.so; default: the one beside this program
+//   tq-check-abi [--json] [--self-test[=KIND]] [PATH]
 //
-// Exit code: 0 a kernel library is usable, 1 incompatible or nothing usable, 2 wrong usage.
+//   PATH         a libtq_backend.so; default: the one beside this program
+//   --self-test  runs numerical checks of every kernel on the device of KIND (cpu, cuda, hip), else on the one that the
+//                scores choose
+//
+// Exit code: 0 a kernel library is usable (and passed), 1 incompatible, nothing usable or a check failed, 2 wrong
+// usage.
 #include <dlfcn.h>
 #include <fmt/core.h>
 #include <unistd.h>
@@ -14,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "check/self_test.h"
 #include "tq_backend.h"
 
 namespace {
@@ -58,7 +64,17 @@ const char* kind_name(int kind) {
   return kind == TQ_DEVICE_CPU ? "cpu" : kind == TQ_DEVICE_CUDA ? "cuda" : kind == TQ_DEVICE_HIP ? "hip" : "unknown";
 }
 
-int check(bool json, const std::string& path) {
+// A kind's number by its name, -1 if there is none; "": the scores choose.
+int kind_of(const std::string& name) {
+  if (name.empty()) return TQ_DEVICE_AUTO;
+  for (const int kind : {TQ_DEVICE_CPU, TQ_DEVICE_CUDA, TQ_DEVICE_HIP}) {
+    if (name == kind_name(kind)) return kind;
+  }
+  return -1;
+}
+
+// self_test_kind: -1 for no self-test.
+int check(bool json, int self_test_kind, const std::string& path) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return fail(json, path, fmt::format("{} cannot be opened: {}.", path, dlerror()));
   const auto version = reinterpret_cast<uint32_t (*)()>(dlsym(handle, "tq_abi_version"));
@@ -75,6 +91,8 @@ int check(bool json, const std::string& path) {
                             version() & 0xffff, TQ_ABI_MAJOR, error.message));
   }
 
+  if (self_test_kind >= 0) return tq::check::self_test(*api, self_test_kind) == 0 ? kWorks : kIncompatible;
+
   TqLibraryInfo blank = {};
   blank.struct_size = sizeof(blank);
   TqFormatInfo no_format = {};
@@ -90,7 +108,11 @@ int check(bool json, const std::string& path) {
     return fail(json, path, fmt::format("{} answers with an error: {}.", path, error.message));
   }
   bool works = false;
-  for (const TqLibraryInfo& library : libraries) works = works || library.usable != 0;
+  const TqLibraryInfo* best = nullptr;
+  for (const TqLibraryInfo& library : libraries) {
+    works = works || library.usable != 0;
+    if (library.score > 0 && (best == nullptr || library.score > best->score)) best = &library;
+  }
 
   if (json) {
     fmt::print("{{\"path\": {}, \"works\": {}, \"abi_version\": \"{}.{}\", \"build_id\": {}, \"formats\": [",
@@ -99,8 +121,8 @@ int check(bool json, const std::string& path) {
     fmt::print("], \"libraries\": [");
     for (size_t i = 0; i < libraries.size(); ++i) {
       const TqLibraryInfo& l = libraries[i];
-      fmt::print("{}{{\"kind\": {}, \"usable\": {}, \"path\": {}, \"build_id\": {}, \"reason\": {}}}",
-                 i == 0 ? "" : ", ", quoted(kind_name(l.device_kind)), l.usable != 0, quoted(l.path),
+      fmt::print("{}{{\"kind\": {}, \"usable\": {}, \"score\": {}, \"path\": {}, \"build_id\": {}, \"reason\": {}}}",
+                 i == 0 ? "" : ", ", quoted(kind_name(l.device_kind)), l.usable != 0, l.score, quoted(l.path),
                  quoted(l.build_id), quoted(l.reason));
     }
     fmt::print("]}}\n");
@@ -111,29 +133,44 @@ int check(bool json, const std::string& path) {
   for (size_t i = 0; i < formats.size(); ++i) fmt::print("{} {}", i == 0 ? "" : ",", formats[i].name);
   fmt::print(".\n");
   for (const TqLibraryInfo& l : libraries) {
-    fmt::print("The {} kernels are {}usable: {}{}.\n", kind_name(l.device_kind), l.usable != 0 ? "" : "not ", l.reason,
-               l.build_id[0] != '\0' ? fmt::format(" (build id {})", l.build_id) : "");
+    fmt::print("The {} kernels are {}usable: {}{}; score {}.\n", kind_name(l.device_kind), l.usable != 0 ? "" : "not ",
+               l.reason, l.build_id[0] != '\0' ? fmt::format(" (build id {})", l.build_id) : "", l.score);
+  }
+  if (best != nullptr) {
+    fmt::print(
+        "Where the caller leaves the choice, the {} kernels run: the highest score. TQ_DEVICE=cpu, cuda or hip "
+        "in the environment overrides it.\n",
+        kind_name(best->device_kind));
   }
   if (!works) fmt::print("No kernel library is usable on this machine.\n");
   return works ? kWorks : kIncompatible;
 }
 
 int run(int argc, char** argv) {
+  constexpr const char* kUsageText = "usage: tq-check-abi [--json] [--self-test[=KIND]] [PATH of libtq_backend.so]";
   bool json = false;
+  int self_test_kind = -1;
   std::string path;
   for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--json") == 0) {
+    const std::string argument = argv[i];
+    if (argument == "--json") {
       json = true;
-    } else if (argv[i][0] == '-' || !path.empty()) {
-      fmt::print(stderr,
-                 "tq-check-abi: '{}' is not understood; usage: tq-check-abi [--json] [PATH of libtq_backend.so]\n",
-                 argv[i]);
+    } else if (argument == "--self-test" || argument.rfind("--self-test=", 0) == 0) {
+      const std::string name = argument.size() > 12 ? argument.substr(12) : "";
+      self_test_kind = kind_of(name);
+      if (self_test_kind < 0) {
+        fmt::print(stderr, "tq-check-abi: there is no device kind '{}', only cpu, cuda and hip; {}\n", name,
+                   kUsageText);
+        return kUsage;
+      }
+    } else if (argument[0] == '-' || !path.empty()) {
+      fmt::print(stderr, "tq-check-abi: '{}' is not understood; {}\n", argument, kUsageText);
       return kUsage;
     } else {
-      path = argv[i];
+      path = argument;
     }
   }
-  return check(json, path.empty() ? beside_this_program() : path);
+  return check(json, self_test_kind, path.empty() ? beside_this_program() : path);
 }
 
 }  // namespace

@@ -222,6 +222,7 @@ py::list libraries(const std::optional<std::string>& kernels_dir) {
     py::dict d;
     d["kind"] = kind_name(row.device_kind);
     d["usable"] = row.usable != 0;
+    d["score"] = row.score;
     d["path"] = row.path;
     d["build_id"] = row.build_id;
     d["reason"] = row.reason;

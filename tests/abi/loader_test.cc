@@ -32,7 +32,7 @@ std::string create_error(const std::string& dir, int kind, int* code) {
 const std::string kDir = TQ_TEST_DIR;
 
 TEST(Loader, MissingLibrary) {
-  EXPECT_CREATE_ERROR(TQ_LIB_DIR, TQ_DEVICE_HIP, TQ_UNAVAILABLE, "was built without the hip kernels");
+  EXPECT_CREATE_ERROR(kDir + "/no_device", TQ_DEVICE_HIP, TQ_UNAVAILABLE, "was built without the hip kernels");
   EXPECT_CREATE_ERROR("/nonexistent", TQ_DEVICE_CPU, TQ_UNAVAILABLE, "/nonexistent/libtq_kernels_cpu.so");
 }
 
@@ -89,6 +89,79 @@ TEST(Loader, ListsEveryKindWithAReason) {
   EXPECT_EQ(api().list_libraries(nullptr, rows, &count, nullptr), TQ_INVALID_ARGUMENT);
 }
 
+// The kind that AUTO chooses in a folder, or 0 with the error's sentence.
+int chosen(const std::string& dir, std::string* sentence) {
+  TqBackendOptions options = {};
+  options.struct_size = sizeof(options);
+  options.device_kind = TQ_DEVICE_AUTO;
+  options.kernels_dir = dir.c_str();
+  TqBackend* backend = nullptr;
+  TqError error = make_error();
+  if (api().create_backend(&options, &backend, &error) != TQ_OK) {
+    *sentence = error.message;
+    return 0;
+  }
+  TqCaps caps = {};
+  caps.struct_size = sizeof(caps);
+  EXPECT_EQ(api().query_caps(backend, &caps, nullptr), TQ_OK);
+  api().destroy_backend(backend);
+  return caps.device_kind;
+}
+
+TEST(Choice, GpusBeforeTheCpu) {
+  std::string sentence;
+  EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), TQ_DEVICE_CUDA) << sentence;
+  EXPECT_EQ(chosen(kDir + "/cpu_and_hip", &sentence), TQ_DEVICE_HIP) << sentence;
+  EXPECT_EQ(chosen(TQ_LIB_DIR, &sentence) == 0, false) << sentence;
+}
+
+TEST(Choice, ADeviceThatIsNotThereIsNotChosen) {
+  std::string sentence;
+  setenv("TQ_FAKE_BROKEN", "2", 1);
+  EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), TQ_DEVICE_HIP) << sentence;
+  setenv("TQ_FAKE_BROKEN", "3", 1);
+  EXPECT_EQ(chosen(kDir + "/cpu_and_hip", &sentence), TQ_DEVICE_CPU) << sentence;
+  unsetenv("TQ_FAKE_BROKEN");
+}
+
+TEST(Choice, TheEnvironmentDecides) {
+  std::string sentence;
+  for (const auto& [name, kind] : {std::pair{"cpu", TQ_DEVICE_CPU}, {"cuda", TQ_DEVICE_CUDA}, {"hip", TQ_DEVICE_HIP}}) {
+    setenv("TQ_DEVICE", name, 1);
+    EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), kind) << sentence;
+  }
+  setenv("TQ_FAKE_BROKEN", "3", 1);
+  EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), 0);
+  EXPECT_EQ(sentence, "TQ_DEVICE is hip, and its kernels are not usable: its device was unplugged");
+  unsetenv("TQ_FAKE_BROKEN");
+  setenv("TQ_DEVICE", "rocm", 1);
+  EXPECT_EQ(chosen(kDir + "/all_devices", &sentence), 0);
+  EXPECT_EQ(sentence, "TQ_DEVICE is rocm; it must be cpu, cuda or hip");
+  unsetenv("TQ_DEVICE");
+}
+
+TEST(Choice, NothingUsableSaysWhy) {
+  std::string sentence;
+  EXPECT_EQ(chosen(kDir + "/no_device", &sentence), 0);
+  EXPECT_NE(sentence.find("no kernel library is usable"), std::string::npos) << sentence;
+  EXPECT_NE(sentence.find("cuda: no CUDA device"), std::string::npos) << sentence;
+  EXPECT_NE(sentence.find("hip: there is no "), std::string::npos) << sentence;
+}
+
+TEST(Choice, ScoresAreListed) {
+  TqLibraryInfo rows[3] = {};
+  for (TqLibraryInfo& row : rows) row.struct_size = sizeof(row);
+  int64_t count = 3;
+  setenv("TQ_DEVICE", "cpu", 1);
+  setenv("TQ_FAKE_BROKEN", "2", 1);
+  ASSERT_EQ(api().list_libraries((kDir + "/all_devices").c_str(), rows, &count, nullptr), TQ_OK);
+  unsetenv("TQ_DEVICE");
+  unsetenv("TQ_FAKE_BROKEN");
+  EXPECT_EQ(rows[0].score, 110);
+  EXPECT_EQ(rows[1].score, 0);
+  EXPECT_EQ(rows[2].score, 20);
+}
+
 TEST(Loader, EnvironmentNamesTheFolder) {
   setenv("TQ_KERNELS_DIR", (kDir + "/wrong_build").c_str(), 1);
   TqBackendOptions options = {};
@@ -109,14 +182,16 @@ TEST(Loader, EnvironmentNamesTheFolder) {
 }
 
 // The native half of tq-check, as a user runs it.
+int run(const std::string& environment, const std::string& args, std::string* output) {
+  FILE* pipe = popen((environment + " " + TQ_CHECK_ABI + " " + args + " 2>&1").c_str(), "r");
+  char buffer[4096];
+  output->clear();
+  for (size_t n = 0; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) output->append(buffer, n);
+  return WEXITSTATUS(pclose(pipe));
+}
+int run(const std::string& args, std::string* output) { return run("", args, output); }
+
 TEST(CheckAbi, ExitCodesAndSentences) {
-  auto run = [](const std::string& args, std::string* output) {
-    FILE* pipe = popen((std::string(TQ_CHECK_ABI) + " " + args + " 2>&1").c_str(), "r");
-    char buffer[4096];
-    output->clear();
-    for (size_t n = 0; (n = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) output->append(buffer, n);
-    return WEXITSTATUS(pclose(pipe));
-  };
   std::string output;
   EXPECT_EQ(run(TQ_BACKEND_PATH, &output), 0);
   EXPECT_NE(output.find("has ABI version 1.0"), std::string::npos) << output;
@@ -129,6 +204,33 @@ TEST(CheckAbi, ExitCodesAndSentences) {
   EXPECT_EQ(run("/nonexistent.so", &output), 1);
   EXPECT_EQ(run("--frobnicate", &output), 2);
   EXPECT_NE(output.find("usage:"), std::string::npos);
+  EXPECT_EQ(run("--self-test=tpu", &output), 2);
+  EXPECT_NE(output.find("no device kind 'tpu'"), std::string::npos);
+}
+
+TEST(CheckAbi, ExplainsTheChoice) {
+  std::string output;
+  EXPECT_EQ(run("TQ_KERNELS_DIR=" + kDir + "/cpu_and_hip", TQ_BACKEND_PATH, &output), 0);
+  EXPECT_NE(output.find("The cpu kernels are usable: its build id matches and its device is there"), std::string::npos);
+  EXPECT_NE(output.find("score 20"), std::string::npos) << output;
+  EXPECT_NE(output.find("the hip kernels run: the highest score"), std::string::npos) << output;
+  EXPECT_EQ(run("TQ_DEVICE=cpu TQ_KERNELS_DIR=" + kDir + "/cpu_and_hip", TQ_BACKEND_PATH, &output), 0);
+  EXPECT_NE(output.find("the cpu kernels run: the highest score"), std::string::npos) << output;
+}
+
+// The real CPU kernels pass; kernels that swap two centroids, the smallest mistake there is, do not.
+TEST(CheckAbi, SelfTest) {
+  std::string output;
+  EXPECT_EQ(run(std::string("--self-test=cpu ") + TQ_BACKEND_PATH, &output), 0);
+  EXPECT_NE(output.find("\nPASSED: "), std::string::npos) << output;
+  EXPECT_EQ(
+      run("TQ_KERNELS_DIR=" + kDir + "/swapped_centroids", std::string("--self-test=cpu ") + TQ_BACKEND_PATH, &output),
+      1);
+  EXPECT_NE(output.find("turboquant_k8v4 head_dim 64: store"), std::string::npos) << output;
+  EXPECT_NE(output.find("\nFAILED: "), std::string::npos) << output;
+  EXPECT_EQ(run("TQ_KERNELS_DIR=" + kDir + "/no_device", std::string("--self-test=cuda ") + TQ_BACKEND_PATH, &output),
+            1);
+  EXPECT_NE(output.find("The self-test cannot run: no CUDA device"), std::string::npos) << output;
 }
 
 }  // namespace

@@ -53,6 +53,9 @@ class CudaTest : public ::testing::Test {
     const KernelStatus status = cuda_kernels().probe();
     if (status.code != 0) GTEST_SKIP() << status.message;
     const KernelStatus made = cuda_kernels().create(0, nullptr, &device);
+    // A HIP library that is named (TQ_HIP_LIBRARY) is first asked here.
+    const bool optional = std::getenv("TQ_HIP_LIBRARY") != nullptr && std::getenv("TQ_TEST_REQUIRE_DEVICE") == nullptr;
+    if (made.code == 14 && optional) GTEST_SKIP() << made.message;
     ASSERT_EQ(made.code, 0) << made.message;
   }
   void TearDown() override {

@@ -134,6 +134,7 @@ ROWS = (
         (
             f"{CONFIGS}test_what_is_not_served_is_refused_before_a_model_is_loaded",
             f"{CONFIGS}test_another_platform_is_refused",
+            f"{CONFIGS}test_the_stock_cpu_platform_is_refused",
         ),
     ),
     Row(

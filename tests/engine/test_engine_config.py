@@ -163,6 +163,15 @@ def test_another_platform_is_refused(monkeypatch):
     assert "no kernels for xpu" in refused()
 
 
+def test_the_stock_cpu_platform_is_refused(monkeypatch):
+    """VLLM_PLUGINS=tq_backend leaves out our platform plugin; the stock one computes nonsense over a packed cache."""
+    from vllm import platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    monkeypatch.setattr(platforms, "_current_platform", CpuPlatform())
+    assert "CpuPlatform is in use" in refused() and "tq_backend_cpu" in refused()
+
+
 def test_a_window_that_no_layer_would_take_is_noticed(warnings_said):
     asked = SimpleNamespace(
         hf_overrides={"sliding_window": 64}, hf_text_config=SimpleNamespace(layer_types=["full_attention"])

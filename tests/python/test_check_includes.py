@@ -33,6 +33,8 @@ VIOLATIONS = [
     ("csrc/abi/a.h", '#include "../kernels/cpu/tasks.h"\n', "csrc/kernels/kernels.h"),
     ("csrc/planner/a.cc", "#include<abi/loader.h>\n", "csrc/planner may include csrc/layout, csrc/codec"),
     ("hip/a.hip", '#include "abi/loader.h"\n', "hip may include csrc/kernels"),
+    ("hip/a.cc", 'void* h = dlopen("x.so", 1);\n', "calls dlopen"),
+    ("csrc/kernels/gpu/a.cuh", "x = __builtin_amdgcn_perm(a, b, c);\n", "belong under arch/"),
     ("csrc/abi/a.cc", "#include <torch/extension.h>\n", "includes torch or Python"),
     ("csrc/codec/a.cc", '#include "Python.h"\n', "includes torch or Python"),
     ("csrc/planner/a.cc", 'void* h = dlopen("x.so", 1);\n', "calls dlopen"),

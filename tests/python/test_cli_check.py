@@ -24,6 +24,22 @@ def test_a_competing_plugin_is_named(tmp_path: Path):
     assert "turboquant-vllm 1.2 also hooks TurboQuant into vLLM" in done.stdout
 
 
+def test_the_choice_is_explained():
+    done = tq_check(TQ_DEVICE="cpu")
+    assert "The cpu kernels are usable, score 110: " in done.stdout, done.stdout
+    assert "the cpu kernels run, whose score is highest" in done.stdout
+
+
+def test_self_test():
+    done = tq_check("--self-test", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "turboquant_3bit_nc head_dim 512: store" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("PASSED: ")
+    done = tq_check("--self-test", "hip", TQ_HIP_LIBRARY="/nonexistent.so")
+    assert done.returncode == 1
+    assert "The self-test cannot run: " in done.stdout
+
+
 def test_missing_kernels_are_the_reason_it_gives(tmp_path: Path):
     done = tq_check(TQ_KERNELS_DIR=str(tmp_path))
     assert done.returncode == 1

@@ -28,6 +28,9 @@ BINARIES = [
     "tq-check-abi",
     next(file.name for file in PACKAGE.glob("_native.*.so")),
 ]
+# Where the distribution has no compiler for it, there is none.
+if (PACKAGE / "libtq_kernels_hip.so").exists() or "hip" in os.environ.get("TQ_REQUIRE_KERNELS", ""):
+    BINARIES.append("libtq_kernels_hip.so")
 
 
 def run_python(code: str, path: Path, **env: str) -> str:

@@ -5,9 +5,9 @@
 // sum of weights relative to it.
 #pragma once
 
-#include "kernels/cuda/elements.cuh"
+#include "kernels/gpu/elements.cuh"
 #include "kernels/cuda/schedule.cuh"
-#include "kernels/cuda/scores.cuh"
+#include "kernels/gpu/scores.cuh"
 
 namespace tq::cuda {
 

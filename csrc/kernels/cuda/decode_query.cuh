@@ -7,7 +7,7 @@
 
 #include "kernels/cuda/key_tile.cuh"
 #include "kernels/cuda/schedule.cuh"
-#include "kernels/cuda/scores.cuh"
+#include "kernels/gpu/scores.cuh"
 
 namespace tq::cuda {
 

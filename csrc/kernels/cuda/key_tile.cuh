@@ -6,9 +6,9 @@
 #pragma once
 
 #include "kernels/cuda/arch/mma.cuh"
-#include "kernels/cuda/atom.cuh"
-#include "kernels/cuda/codes.cuh"
-#include "kernels/cuda/elements.cuh"
+#include "kernels/gpu/atom.cuh"
+#include "kernels/gpu/codes.cuh"
+#include "kernels/gpu/elements.cuh"
 
 namespace tq::cuda {
 

@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "kernels/cuda/dequant.cuh"
+#include "kernels/gpu/dequant.cuh"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/instances.h"
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/schedule.cuh"
-#include "kernels/cuda/store.cuh"
+#include "kernels/gpu/store.cuh"
 
 namespace tq::cuda {
 namespace {

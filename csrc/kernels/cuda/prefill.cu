@@ -3,7 +3,7 @@
 
 #include <array>
 
-#include "kernels/cuda/atom.cuh"
+#include "kernels/gpu/atom.cuh"
 #include "kernels/cuda/instances.h"
 
 namespace tq::cuda {

@@ -7,11 +7,11 @@
 #pragma once
 
 #include "kernels/cuda/arch/mma.cuh"
-#include "kernels/cuda/codes.cuh"
-#include "kernels/cuda/elements.cuh"
-#include "kernels/cuda/row_lanes.cuh"
-#include "kernels/cuda/scores.cuh"
-#include "kernels/cuda/units.cuh"
+#include "kernels/gpu/codes.cuh"
+#include "kernels/gpu/elements.cuh"
+#include "kernels/gpu/row_lanes.cuh"
+#include "kernels/gpu/scores.cuh"
+#include "kernels/gpu/units.cuh"
 
 namespace tq::cuda {
 

@@ -6,9 +6,9 @@
 // an equal part of that, and only partial results of rows that cross a border are merged.
 #pragma once
 
-#include "kernels/cuda/device_book.h"
-#include "kernels/cuda/row_lanes.cuh"
 #include "kernels/cuda/stretches.h"
+#include "kernels/gpu/device_book.h"
+#include "kernels/gpu/row_lanes.cuh"
 #include "kernels/kernels.h"
 
 namespace tq::cuda {

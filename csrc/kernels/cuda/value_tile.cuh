@@ -7,8 +7,8 @@
 #pragma once
 
 #include "kernels/cuda/arch/mma.cuh"
-#include "kernels/cuda/atom.cuh"
-#include "kernels/cuda/codes.cuh"
+#include "kernels/gpu/atom.cuh"
+#include "kernels/gpu/codes.cuh"
 #include "kernels/cuda/key_tile.cuh"
 
 namespace tq::cuda {

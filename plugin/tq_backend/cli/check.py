@@ -1,6 +1,6 @@
 """`tq-check`: what is installed, what would be chosen, and why, in sentences.
 
-Exit code: 0 TurboQuant would run in vLLM here, 1 it would not, 2 wrong usage.
+Exit code: 0 TurboQuant would run in vLLM here (with --self-test: every check passed), 1 not, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -105,7 +105,13 @@ def sentences(report: dict) -> list[str]:
         out.append(f"Its library has ABI version {library['abi_version']} and build id {library['build_id']}.")
         for row in library["libraries"]:
             word = "usable" if row["usable"] else "not usable"
-            out.append(f"The {row['kind']} kernels are {word}: {row['reason']}.")
+            out.append(f"The {row['kind']} kernels are {word}, score {row['score']}: {row['reason']}.")
+        best = max(library["libraries"], key=lambda row: row["score"])
+        if best["score"] > 0:
+            out.append(
+                f"Where an engine leaves the choice, the {best['kind']} kernels run, whose score is highest (TQ_DEVICE=cpu, "
+                "cuda or hip overrides it); vLLM's platform decides for vLLM."
+            )
     out.append(
         f"torch is {report['torch'] or 'not installed'}; vLLM is {report['vllm'] or 'not installed'}; {report['device']}."
     )
@@ -125,7 +131,18 @@ def sentences(report: dict) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tq-check", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument(
+        "--self-test",
+        nargs="?",
+        const="",
+        choices=["", "cpu", "cuda", "hip"],
+        metavar="KIND",
+        help="numerical checks of every kernel on this machine's device, in under a minute; KIND: cpu, cuda or hip",
+    )
     args = parser.parse_args(argv)
+    if args.self_test is not None:
+        flag = f"--self-test={args.self_test}" if args.self_test else "--self-test"
+        return subprocess.run([PACKAGE_DIR / "tq-check-abi", flag], check=False).returncode
     report = gather()
     print(json.dumps(report, indent=1) if args.json else "\n".join(sentences(report)))
     return 0 if report["works"] else 1

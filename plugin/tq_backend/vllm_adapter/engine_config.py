@@ -16,14 +16,30 @@ logger = logging.getLogger("vllm.tq_backend")
 ALTERNATIVE = "use --kv-cache-dtype auto or fp8 for it"
 
 
-def refusal(vllm_config: Any) -> str | None:
-    """Why this engine cannot have a turboquant_* cache, in one sentence with the alternative; None if it can."""
+def platform_refusal(dtype: str) -> str | None:
+    """As refusal(), of the platform."""
     from vllm.platforms import current_platform
 
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    dtype = vllm_config.cache_config.cache_dtype
     if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         return f"{dtype} has no kernels for {current_platform.device_name}, only for CPUs, CUDA and ROCm; {ALTERNATIVE}"
+    if current_platform.is_cpu():
+        from tq_backend.vllm_adapter.platform import TurboQuantCpuPlatform
+
+        if not isinstance(current_platform, TurboQuantCpuPlatform):
+            return (
+                f"{dtype} needs tq-backend's CPU platform, and {type(current_platform).__name__} is in use, which would run "
+                "vLLM's own kernel over compressed pages; add tq_backend_cpu to VLLM_PLUGINS or unset it"
+            )
+    return None
+
+
+def refusal(vllm_config: Any) -> str | None:
+    """Why this engine cannot have a turboquant_* cache, in one sentence with the alternative; None if it can."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    dtype = vllm_config.cache_config.cache_dtype
+    platform = platform_refusal(dtype)
+    if platform is not None:
+        return platform
     if model.use_mla:
         return f"{dtype} does not serve MLA attention, whose cache is not keys and values; {ALTERNATIVE}"
     if model.is_encoder_decoder:

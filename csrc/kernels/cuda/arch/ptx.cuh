@@ -9,6 +9,8 @@ namespace tq::cuda {
 
 #define TQ_DEVICE __device__ __forceinline__
 
+constexpr unsigned kFullMask = 0xffffffffu;
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define TQ_HAS_BULK_COPY 1
 #else

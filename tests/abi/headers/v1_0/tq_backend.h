@@ -48,7 +48,8 @@ typedef struct TqError {
 
 typedef enum TqDtype { TQ_DTYPE_F32 = 1, TQ_DTYPE_F16 = 2, TQ_DTYPE_BF16 = 3 } TqDtype;
 
-typedef enum TqDeviceKind { TQ_DEVICE_CPU = 1, TQ_DEVICE_CUDA = 2, TQ_DEVICE_HIP = 3 } TqDeviceKind;
+/* AUTO, in create_backend: the usable kernel library with the highest score, see TqLibraryInfo. */
+typedef enum TqDeviceKind { TQ_DEVICE_AUTO = 0, TQ_DEVICE_CPU = 1, TQ_DEVICE_CUDA = 2, TQ_DEVICE_HIP = 3 } TqDeviceKind;
 
 /* Page formats. An id changes whenever the bytes of a page do (low byte: revision of the page layout), so it belongs in
  * every key of a prefix cache or a KV transfer. */
@@ -211,8 +212,9 @@ typedef struct TqCaps {
 typedef struct TqLibraryInfo {
   uint32_t struct_size;
   int32_t device_kind;
-  int32_t usable; /* 1: create_backend would succeed */
-  int32_t reserved;
+  int32_t usable;    /* 1: create_backend would succeed */
+  int32_t score;     /* what TQ_DEVICE_AUTO goes by: 0 if not usable, CPU 10, HIP 20, CUDA 30, and 100 more for the kind
+                      * that the environment's TQ_DEVICE names (cpu, cuda or hip) */
   char path[256];    /* where it is, or was looked for */
   char build_id[64]; /* empty if it could not be opened */
   char reason[256];  /* one sentence: why it is usable or not */

@@ -5,7 +5,7 @@
 
 #include "codec/lloyd_max.h"
 
-namespace tq::cuda {
+namespace tq::gpu {
 
 constexpr int kLevelOffset = 64;  // levels lie within +-63, so offset bytes are in [1, 127]: never a sign bit
 
@@ -28,4 +28,4 @@ inline DeviceBook make_device_book(const Codebook* book) {
   return out;
 }
 
-}  // namespace tq::cuda
+}  // namespace tq::gpu

@@ -2,10 +2,10 @@
 // log2 units (score * log2 e), so that weights are exp2.
 #pragma once
 
-#include "kernels/cuda/arch/ptx.cuh"
+#include "kernels/gpu/target.h"
 #include "kernels/kernels.h"
 
-namespace tq::cuda {
+namespace tq::gpu {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -16,8 +16,8 @@ TQ_DEVICE float modify_score(float x, float soft_cap, float slope, int distance)
   if (soft_cap > 0.0f) {
     const float cap = soft_cap * kLog2e;
     // cap * tanh(x / cap), through exp2; saturates without overflow
-    const float e = exp2_approx(fminf(fmaxf(2.0f * kLog2e * __fdividef(x, cap), -60.0f), 60.0f));
-    x = cap * (1.0f - __fdividef(2.0f, e + 1.0f));
+    const float e = exp2_approx(fminf(fmaxf(2.0f * kLog2e * divide_approx(x, cap), -60.0f), 60.0f));
+    x = cap * (1.0f - divide_approx(2.0f, e + 1.0f));
   }
   return fmaf(slope * kLog2e, static_cast<float>(distance), x);
 }
@@ -35,4 +35,4 @@ TQ_DEVICE bool visible(int position, int token, bool causal, int window, const i
   return false;
 }
 
-}  // namespace tq::cuda
+}  // namespace tq::gpu

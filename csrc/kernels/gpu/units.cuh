@@ -1,11 +1,11 @@
 // units.cuh - one unit (16 dimensions of one token's row) in registers: loaded packed, decoded later.
 #pragma once
 
-#include "kernels/cuda/codes.cuh"
-#include "kernels/cuda/elements.cuh"
+#include "kernels/gpu/codes.cuh"
+#include "kernels/gpu/elements.cuh"
 #include "kernels/kernels.h"
 
-namespace tq::cuda {
+namespace tq::gpu {
 
 // The atom that holds a token of a sequence. A block that does not exist must not become a wild read.
 TQ_DEVICE const uint8_t* token_atom(const PagedCache& cache, const int32_t* table, int head, int token) {
@@ -15,7 +15,7 @@ TQ_DEVICE const uint8_t* token_atom(const PagedCache& cache, const int32_t* tabl
   return cache.data + block * cache.block_stride + layout.atom_offset(head, token - entry * layout.block_size);
 }
 
-TQ_DEVICE float load_half(const uint8_t* p) { return __half2float(*reinterpret_cast<const __half*>(p)); }
+TQ_DEVICE float load_half(const uint8_t* p) { return half_value(*reinterpret_cast<const Half*>(p)); }
 
 // bits: 3, 4 or 8. Units beyond a row's end load as zeros.
 template <int kBits>
@@ -79,12 +79,10 @@ struct RawUnit {
     } else {
       uint32_t pairs[8];
       byte_pairs([&book](uint32_t x, uint32_t& lo, uint32_t& hi) { levels_of_nibbles<kBits>(book, x, lo, hi); }, pairs);
-      const __half2 offset = __float2half2_rn(1024.0f + kLevelOffset);
+      const uint32_t offset = pair_of_half(1024.0f + kLevelOffset);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const uint32_t x = byte_permute(pairs[i], 0x64u, 0x4140);  // fp16 1024 + byte
-        const __half2 level = __hsub2(*reinterpret_cast<const __half2*>(&x), offset);
-        h[i] = *reinterpret_cast<const uint32_t*>(&level);
+        h[i] = subtract_half2(byte_permute(pairs[i], 0x64u, 0x4140), offset);  // fp16 1024 + byte
       }
     }
   }
@@ -125,4 +123,4 @@ struct RawUnit {
   }
 };
 
-}  // namespace tq::cuda
+}  // namespace tq::gpu

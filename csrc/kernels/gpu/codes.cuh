@@ -4,23 +4,15 @@
 //   3 bits  after unpacking the planes two words too, but nibble i of word g is dimension 2i + g (page_layout.h).
 #pragma once
 
-#include "kernels/cuda/arch/ptx.cuh"
-#include "kernels/cuda/device_book.h"
+#include "kernels/gpu/target.h"
+#include "kernels/gpu/device_book.h"
 
-namespace tq::cuda {
+namespace tq::gpu {
 
-// Eight nibbles to eight offset levels, nibbles 0-3 in lo, 4-7 in hi. With a nibble's top bit set a byte permute gives
-// the sign of a table byte, which is 0; so the two halves of a 16-entry table can be looked up apart and joined by OR.
+// Eight nibbles to eight offset levels, nibbles 0-3 in lo, 4-7 in hi. 3-bit codes leave a nibble's top bit clear.
 template <int kBits>
 TQ_DEVICE void levels_of_nibbles(const DeviceBook& book, uint32_t w, uint32_t& lo, uint32_t& hi) {
-  if constexpr (kBits == 4) {
-    const uint32_t x = w ^ 0x88888888u;
-    lo = byte_permute(book.bytes[0], book.bytes[1], w) | byte_permute(book.bytes[2], book.bytes[3], x);
-    hi = byte_permute(book.bytes[0], book.bytes[1], w >> 16) | byte_permute(book.bytes[2], book.bytes[3], x >> 16);
-  } else {
-    lo = byte_permute(book.bytes[0], book.bytes[1], w);
-    hi = byte_permute(book.bytes[0], book.bytes[1], w >> 16);
-  }
+  lookup_nibbles<kBits>(book.bytes, w, lo, hi);
 }
 
 // 3 bits: 16 codes of the low plane and the unit's high bits, high = bit 4i + g, to nibbles of even and odd dimensions.
@@ -86,4 +78,4 @@ TQ_DEVICE constexpr int nibble_dim(int w, int i) {
 constexpr float kFp8Scale = 256.0f;
 TQ_DEVICE uint32_t half2_of_fp8(uint32_t upper) { return ((upper >> 1) & 0x3F803F80u) | (upper & 0x80008000u); }
 
-}  // namespace tq::cuda
+}  // namespace tq::gpu

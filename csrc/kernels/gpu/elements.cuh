@@ -1,24 +1,10 @@
 // elements.cuh - reading and writing the caller's float32, float16 and bfloat16 tensors.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "kernels/cuda/arch/ptx.cuh"
+#include "kernels/gpu/target.h"
 #include "kernels/kernels.h"
 
-namespace tq::cuda {
-
-TQ_DEVICE uint32_t pack_half2(float a, float b) {
-  const __half2 h = __floats2half2_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
-TQ_DEVICE float2 unpack_half2(uint32_t u) { return __half22float2(*reinterpret_cast<const __half2*>(&u)); }
-TQ_DEVICE uint32_t pack_bfloat2(float a, float b) {
-  const __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
-TQ_DEVICE float2 unpack_bfloat2(uint32_t u) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&u)); }
+namespace tq::gpu {
 
 // 16 elements of a 16-bit dtype, as eight words, to floats.
 TQ_DEVICE void widen_16(float (&x)[16], Dtype dtype, const uint32_t (&w)[8]) {
@@ -60,9 +46,9 @@ TQ_DEVICE void store_element(Dtype dtype, void* base, int64_t i, float x) {
   if (dtype == Dtype::kF32) {
     static_cast<float*>(base)[i] = x;
   } else if (dtype == Dtype::kF16) {
-    static_cast<__half*>(base)[i] = __float2half_rn(x);
+    static_cast<uint16_t*>(base)[i] = half_bits(x);
   } else {
-    static_cast<__nv_bfloat16*>(base)[i] = __float2bfloat16_rn(x);
+    static_cast<uint16_t*>(base)[i] = bfloat_bits(x);
   }
 }
 
@@ -85,4 +71,4 @@ TQ_DEVICE void store_4(Dtype dtype, void* base, int64_t i, float4 x, bool vector
   }
 }
 
-}  // namespace tq::cuda
+}  // namespace tq::gpu

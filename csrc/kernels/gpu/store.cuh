@@ -1,28 +1,22 @@
 // store.cuh - compresses K and V of new tokens into pages: rotate, normalise, quantize, pack and scatter in one launch.
 //
-// A vector lies in kLanes lanes, 16 dimensions each (row_lanes.cuh), so a warp holds 32 / kLanes of them: one KV head
-// of as many tokens, keys or values: a step of one token is as long as one warp's chain of instructions. The same
-// arithmetic as codec/reference.cc in float; codes differ from it at ties only.
+// A vector lies in kLanes lanes, 16 dimensions each (row_lanes.cuh), so a warp of kWave lanes holds kWave / kLanes of
+// them: one KV head of as many tokens, keys or values: a step of one token is as long as one warp's chain of
+// instructions. The same arithmetic as codec/reference.cc in float; codes differ from it at ties only.
 #pragma once
 
-#include "kernels/cuda/codes.cuh"
-#include "kernels/cuda/elements.cuh"
-#include "kernels/cuda/row_lanes.cuh"
+#include "kernels/gpu/arguments.h"
+#include "kernels/gpu/codes.cuh"
+#include "kernels/gpu/elements.cuh"
+#include "kernels/gpu/row_lanes.cuh"
 
-namespace tq::cuda {
+namespace tq::gpu {
 
-struct StoreArgs {
-  StoreParams store;
-  DeviceBook book;
-  bool vector_key, vector_value;
-};
-
-constexpr int kStoreThreads = 128;
 constexpr float kLargestKey = 1e15f;  // its square times 512 is finite in float
 constexpr float kLargestHalf = 65504.0f;
 
 TQ_DEVICE float make_finite(float x, float limit) { return x != x ? 0.0f : fminf(fmaxf(x, -limit), limit); }
-TQ_DEVICE uint16_t to_half_saturating(float x) { return __half_as_ushort(__float2half_rn(fminf(x, kLargestHalf))); }
+TQ_DEVICE uint16_t to_half_saturating(float x) { return half_bits(fminf(x, kLargestHalf)); }
 
 // Round to nearest even, saturate to 448, NaN to 0: in integers, the same on every device. (codec/float_bits.cc)
 TQ_DEVICE uint32_t to_e4m3(float x) {
@@ -31,7 +25,7 @@ TQ_DEVICE uint32_t to_e4m3(float x) {
   if (x != x) return 0;
   const float a = fminf(fabsf(x), 448.0f);
   if (a < 0.015625f) {  // below the smallest normal, 2^-6: steps of 2^-9
-    return sign | static_cast<uint32_t>(__float2int_rn(a * 512.0f));
+    return sign | static_cast<uint32_t>(round_to_int(a * 512.0f));
   }
   uint32_t m = __float_as_uint(a);
   m += 0x7FFFFu + ((m >> 20) & 1u);  // 3 bits of mantissa stay
@@ -48,7 +42,7 @@ TQ_DEVICE void store_unit(uint8_t* row, int unit, int dim, uint32_t w0, uint32_t
     const uint32_t high = ((w0 & 0x44444444u) >> 2) | ((w1 & 0x44444444u) >> 1);  // bit 4i + g
     uint32_t pair = high;
     if constexpr (kLanes > 1) {  // the even unit's lane takes the odd one's bits
-      pair |= __shfl_down_sync(kFullMask, high, 1) << 2;
+      pair |= shuffle_down(high, 1) << 2;
     }
     if (!valid) return;
     auto* to = reinterpret_cast<uint16_t*>(row + 4 * unit);
@@ -128,7 +122,7 @@ TQ_DEVICE void store_key(const StoreArgs& p, float (&x)[16], int part, int dim, 
     const float n = sqrt_approx(squares);
     hadamard_lanes<kLanes>(x, part, block);
     const float factor =
-        __fdividef(sqrt_approx(__fdividef(static_cast<float>(dim), static_cast<float>(block))), n + 1e-8f);
+        divide_approx(sqrt_approx(divide_approx(static_cast<float>(dim), static_cast<float>(block))), n + 1e-8f);
     const Thresholds<F::kKeyBits> thresholds(p.book);
     uint32_t code[16];
 #pragma unroll
@@ -145,7 +139,7 @@ TQ_DEVICE void store_key(const StoreArgs& p, float (&x)[16], int part, int dim, 
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           // sum of (u - 64)^2
-          level_squares += __dp4a(u[i], u[i], 0u) - 128 * static_cast<int>(__dp4a(u[i], 0x01010101u, 0u)) + 4 * 4096;
+          level_squares += dot4(u[i], u[i]) - 128 * dot4(u[i], 0x01010101u) + 4 * 4096;
         }
       }
     }
@@ -154,7 +148,7 @@ TQ_DEVICE void store_key(const StoreArgs& p, float (&x)[16], int part, int dim, 
     if (valid && part == 0) {
       const float level_norm =
           sqrt_approx(static_cast<float>(level_squares)) * p.book.unit * rsqrtf(static_cast<float>(dim));
-      *reinterpret_cast<uint16_t*>(norm) = to_half_saturating(__fdividef(n, level_norm));
+      *reinterpret_cast<uint16_t*>(norm) = to_half_saturating(divide_approx(n, level_norm));
     }
   }
 }
@@ -177,15 +171,14 @@ TQ_DEVICE void store_value(float (&x)[16], int part, int dim, uint8_t* row, uint
   constexpr int kTop = (1 << F::kValueBits) - 1;
   const float s = fmaxf((high - low) / static_cast<float>(kTop), 1e-8f);
   // (x - low) / s rounded to nearest: a product with the rounded reciprocal and one correction, exact in this range
-  // (Markstein). Then floor(... + 0.5) by an addition that rounds down at 2^23, where floats are integers. No clamp:
-  // x - low is at most kTop * s but for its rounding.
-  const float inverse = __frcp_rn(s);
+  // (Markstein). No clamp: x - low is at most kTop * s but for its rounding.
+  const float inverse = reciprocal_rn(s);
   uint32_t code[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const float d = x[i] - low, guess = d * inverse;
     const float quotient = fmaf(fmaf(-guess, s, d), inverse, guess);
-    code[i] = __float_as_uint(__fadd_rd(quotient + 0.5f, 8388608.0f)) & kTop;
+    code[i] = floor_bits(quotient + 0.5f) & kTop;
   }
   uint32_t w0, w1;
   nibble_words<F::kValueBits>(code, w0, w1);
@@ -210,13 +203,14 @@ TQ_DEVICE int64_t divide_slot(int64_t slot, int block_size, int& rest) {
 }
 
 // Grid: warps over (token group, KV head, keys or values), the last fastest.
-template <class F, int kLanes>
-__global__ void __launch_bounds__(kStoreThreads) store_kernel(const __grid_constant__ StoreArgs p) {
-  constexpr uint32_t kVectors = 32 / kLanes;
+template <class F, int kLanes, int kWave>
+TQ_KERNEL(kStoreThreads)
+store_kernel(TQ_ARGUMENT(StoreArgs) p) {
+  constexpr uint32_t kVectors = kWave / kLanes;
   const StoreParams& s = p.store;
   const PageLayout& layout = s.cache.layout;
-  const int lane = threadIdx.x % 32, part = lane % kLanes;
-  const uint32_t warp = blockIdx.x * (kStoreThreads / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % kWave, part = lane % kLanes;
+  const uint32_t warp = blockIdx.x * (kStoreThreads / kWave) + threadIdx.x / kWave;
   const bool is_key = warp % 2 == 0;
   const uint32_t group = warp / 2 / layout.num_kv_heads;
   const int head = static_cast<int>(warp / 2 - group * layout.num_kv_heads);
@@ -250,4 +244,4 @@ __global__ void __launch_bounds__(kStoreThreads) store_kernel(const __grid_const
   }
 }
 
-}  // namespace tq::cuda
+}  // namespace tq::gpu

@@ -4,27 +4,11 @@
 // that neighbouring lanes fill whole 32-byte sectors. Lanes as in store.cuh.
 #pragma once
 
-#include "kernels/cuda/row_lanes.cuh"
-#include "kernels/cuda/units.cuh"
+#include "kernels/gpu/arguments.h"
+#include "kernels/gpu/row_lanes.cuh"
+#include "kernels/gpu/units.cuh"
 
-namespace tq::cuda {
-
-struct DequantArgs {
-  DequantParams dequant;
-  DeviceBook book;
-  bool vector_out;  // rows of both outputs begin at multiples of 16 bytes
-};
-
-struct RotateArgs {
-  RotateParams rotate;
-  bool vector_x, vector_out;
-};
-
-constexpr int kDequantThreads = 128;
-constexpr int kRotateThreads = 128;
-
-// Rows of a sequence's range, or vectors, that one lane handles: as many as keep enough bytes in flight.
-constexpr int row_unroll(int lanes) { return lanes == 4 ? 2 : 4; }
+namespace tq::gpu {
 
 // One row of 16 * kLanes elements at most, element i of base onwards. A lane has 16 elements, which are 32 bytes of a
 // 16-bit dtype: lanes are paired, and the pair stores first the lower lane's sector, then the upper's.
@@ -48,7 +32,7 @@ TQ_DEVICE void store_row(Dtype dtype, void* base, int64_t i, int part, int dim, 
   const bool upper = (part & 1) != 0;
   uint32_t other[4];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) other[j] = __shfl_xor_sync(kFullMask, upper ? w[j] : w[j + 4], 1);
+  for (int j = 0; j < 4; ++j) other[j] = shuffle_xor(upper ? w[j] : w[j + 4], 1);
   const uint4 first = upper ? make_uint4(other[0], other[1], other[2], other[3]) : make_uint4(w[0], w[1], w[2], w[3]);
   const uint4 second = upper ? make_uint4(w[4], w[5], w[6], w[7]) : make_uint4(other[0], other[1], other[2], other[3]);
   const int pair = 16 * (part & ~1), half = 8 * (part & 1);
@@ -71,14 +55,15 @@ TQ_DEVICE int sequence_of(const int32_t* start, int num_seqs, int row) {
   return lo;
 }
 
-template <class F, int kLanes>
-__global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_constant__ DequantArgs p) {
+template <class F, int kLanes, int kWave>
+TQ_KERNEL(kDequantThreads)
+dequant_kernel(TQ_ARGUMENT(DequantArgs) p) {
   wait_for_previous_grid();
-  constexpr int kVectors = 32 / kLanes, kUnroll = row_unroll(kLanes), kRows = kVectors * kUnroll;
+  constexpr int kVectors = kWave / kLanes, kUnroll = row_unroll(kLanes), kRows = kVectors * kUnroll;
   const DequantParams& d = p.dequant;
   const PageLayout& layout = d.cache.layout;
-  const int lane = threadIdx.x % 32, part = lane % kLanes;
-  const int64_t warp = int64_t{blockIdx.x} * (kDequantThreads / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % kWave, part = lane % kLanes;
+  const int64_t warp = int64_t{blockIdx.x} * (kDequantThreads / kWave) + threadIdx.x / kWave;
   const int64_t group = warp / layout.num_kv_heads;
   const int head = static_cast<int>(warp - group * layout.num_kv_heads);
   const int64_t num_rows = min(d.num_tokens, int64_t{d.token_start_loc[d.num_seqs]});
@@ -107,12 +92,12 @@ __global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_c
 
   if (d.key_out != nullptr) {
     RawUnit<F::kKeyBits> unit[kUnroll];
-    [[maybe_unused]] __half norm[kUnroll];
+    [[maybe_unused]] Half norm[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       unit[u].load(atom[u] + layout.key_row_offset(t[u]), part, layout.head_dim);
       if constexpr (F::kKeyBits != 8) {
-        norm[u] = *reinterpret_cast<const __half*>(atom[u] + layout.key_norm_offset(t[u]));
+        norm[u] = *reinterpret_cast<const Half*>(atom[u] + layout.key_norm_offset(t[u]));
       }
     }
     const bool holds = 16 * part < layout.head_dim;
@@ -124,7 +109,7 @@ __global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_c
       unit[u].key_floats(p.book, x);
       float factor = kFp8Scale;
       if constexpr (F::kKeyBits != 8) {
-        factor = __half2float(norm[u]) * level;
+        factor = half_value(norm[u]) * level;
         if (!d.keep_rotated) {
 #pragma unroll
           for (int i = 0; i < 16; ++i) x[i] = holds ? x[i] : 0.0f;
@@ -141,17 +126,17 @@ __global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_c
   }
   if (d.value_out != nullptr) {
     RawUnit<F::kValueBits> unit[kUnroll];
-    __half scale[kUnroll], zero[kUnroll];
+    Half scale[kUnroll], zero[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       unit[u].load(atom[u] + layout.value_row_offset(t[u]), part, layout.head_dim_v);
-      scale[u] = *reinterpret_cast<const __half*>(atom[u] + layout.value_scale_offset(t[u]));
-      zero[u] = *reinterpret_cast<const __half*>(atom[u] + layout.value_zero_offset(t[u]));
+      scale[u] = *reinterpret_cast<const Half*>(atom[u] + layout.value_scale_offset(t[u]));
+      zero[u] = *reinterpret_cast<const Half*>(atom[u] + layout.value_zero_offset(t[u]));
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float x[16];
-      unit[u].value_floats(__half2float(scale[u]), __half2float(zero[u]), x);
+      unit[u].value_floats(half_value(scale[u]), half_value(zero[u]), x);
       if (d.dtype == Dtype::kF16) {  // scale and zero are fp16, but their sum may round up past its range
 #pragma unroll
         for (int i = 0; i < 16; ++i) x[i] = fminf(x[i], 65504.0f);
@@ -163,13 +148,14 @@ __global__ void __launch_bounds__(kDequantThreads) dequant_kernel(const __grid_c
   }
 }
 
-template <int kLanes>
-__global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const __grid_constant__ RotateArgs p) {
+template <int kLanes, int kWave>
+TQ_KERNEL(kRotateThreads)
+rotate_kernel(TQ_ARGUMENT(RotateArgs) p) {
   wait_for_previous_grid();
-  constexpr int kVectors = 32 / kLanes, kUnroll = row_unroll(kLanes);
+  constexpr int kVectors = kWave / kLanes, kUnroll = row_unroll(kLanes);
   const RotateParams& r = p.rotate;
-  const int lane = threadIdx.x % 32, part = lane % kLanes;
-  const int64_t warp = int64_t{blockIdx.x} * (kRotateThreads / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % kWave, part = lane % kLanes;
+  const int64_t warp = int64_t{blockIdx.x} * (kRotateThreads / kWave) + threadIdx.x / kWave;
   const int64_t count = r.num_tokens * r.num_heads;
   if (warp * kVectors * kUnroll >= count) return;
   const bool holds = 16 * part < r.head_dim;
@@ -210,4 +196,4 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const __grid_con
   }
 }
 
-}  // namespace tq::cuda
+}  // namespace tq::gpu

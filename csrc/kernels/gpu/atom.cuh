@@ -1,10 +1,10 @@
 // atom.cuh - a page layout as a kernel sees it: constants where the head dimension is one that has its own instance.
 #pragma once
 
-#include "kernels/cuda/arch/ptx.cuh"
+#include "kernels/gpu/target.h"
 #include "layout/page_layout.h"
 
-namespace tq::cuda {
+namespace tq::gpu {
 
 // The four presets.
 struct K8V4 {
@@ -64,4 +64,4 @@ struct AtomShape<F, kDim, false> {
   TQ_DEVICE int atom_bytes() const { return bytes; }
 };
 
-}  // namespace tq::cuda
+}  // namespace tq::gpu

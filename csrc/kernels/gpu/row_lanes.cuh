@@ -5,16 +5,14 @@
 // part in the exchange of stride o exactly if its block spans more than o lanes.
 #pragma once
 
-#include "kernels/cuda/arch/ptx.cuh"
+#include "kernels/gpu/target.h"
 
-namespace tq::cuda {
-
-constexpr unsigned kFullMask = 0xffffffffu;
+namespace tq::gpu {
 
 template <int kLanes, class T, class F>
 TQ_DEVICE T reduce_row(T x, F f) {
 #pragma unroll
-  for (int o = 1; o < kLanes; o <<= 1) x = f(x, __shfl_xor_sync(kFullMask, x, o));
+  for (int o = 1; o < kLanes; o <<= 1) x = f(x, shuffle_xor(x, o));
   return x;
 }
 
@@ -49,10 +47,10 @@ TQ_DEVICE void hadamard_lanes(float (&x)[16], int lane, int block) {
     const bool upper = (lane & o) != 0;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const float other = __shfl_xor_sync(kFullMask, x[i], o);
+      const float other = shuffle_xor(x[i], o);
       if (take) x[i] = upper ? other - x[i] : x[i] + other;
     }
   }
 }
 
-}  // namespace tq::cuda
+}  // namespace tq::gpu

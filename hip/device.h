@@ -1,0 +1,55 @@
+// device.h - the state of one HIP backend, and what its calls share.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "hip/runtime.h"
+#include "kernels/kernels.h"
+
+namespace tq {
+
+struct DeviceState {
+  int index = 0;
+  char name[64] = {};
+  int wave = 0;              // lanes, of the code that runs here
+  bool synchronous = false;  // TQ_SYNC=1: every call waits and reports its kernels' errors
+  const hip::Runtime* runtime = nullptr;
+  void* module = nullptr;
+
+  // Functions of the module: formats as in hip/instances.h, then lanes or dimensions in ascending order.
+  void* store[4][4] = {};
+  void* dequant[4][4] = {};
+  void* attend[4][4] = {};
+  void* rotate[4] = {};
+  void* merge = nullptr;
+  void* copy_pages = nullptr;
+
+  std::atomic<uint64_t> store_calls{0};
+  std::atomic<uint64_t> stored_tokens{0};
+  std::atomic<uint64_t> attend_calls{0};
+  std::atomic<uint64_t> query_tokens{0};
+};
+
+namespace hip {
+
+constexpr int kUnimplemented = 12, kInternal = 13, kUnavailable = 14, kResourceExhausted = 8;  // TqCode
+
+struct Grid {
+  unsigned x, y, z;
+};
+// Launches function(arguments). An error of its launch is reported here; with TQ_SYNC=1 the kernel's own too.
+KernelStatus launch(DeviceState* state, void* function, Grid grid, int threads, const void* arguments, void* stream,
+                    const char* what);
+
+KernelStatus supports(const DeviceState* state, const Format& format, const PageLayout& layout, int num_heads);
+uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads, int64_t num_tokens,
+                        int64_t num_seqs);
+KernelStatus attend(DeviceState* state, const AttendParams& p);
+KernelStatus store_kv(DeviceState* state, const StoreParams& p);
+KernelStatus dequant_kv(DeviceState* state, const DequantParams& p);
+KernelStatus copy_pages(DeviceState* state, const CopyParams& p);
+KernelStatus rotate(DeviceState* state, const RotateParams& p);
+
+}  // namespace hip
+}  // namespace tq

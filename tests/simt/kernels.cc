@@ -1,0 +1,2 @@
+// kernels.cc - the HIP kernels as the host's compiler sees them.
+#include "hip/kernels.hip"
