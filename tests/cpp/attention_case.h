@@ -179,7 +179,8 @@ class Case {
   }
 
   // Compares every row of out with attention in double over the decoded cache. Returns the largest error relative to
-  // the row's largest output, over all rows; LSE is checked here.
+  // the row's largest output, over all rows; LSE is checked here. What no kernel can avoid is taken off: half of the
+  // smallest step of fp16, 2^-25, which is 0.7 % of an output of 4e-6 (a sink that takes all but 2e-6 of the weight).
   double worst_error() {
     double worst = 0;
     for (size_t s = 0; s < c.seq_lens.size(); ++s) worst = std::max(worst, compare_sequence(static_cast<int>(s)));
@@ -247,12 +248,13 @@ class Case {
       for (int d = 0; d < c.head_dim_v; ++d)
         want[d] += std::exp(score[t] - max) / sum * v[size_t(t) * c.head_dim_v + d];
     }
+    const double smallest_step = c.dtype == Dtype::kF16 ? 0x1p-25 : 0.0;
     double largest = 1e-30, error = 0;
     for (double x : want) largest = std::max(largest, std::fabs(x));
     for (int d = 0; d < c.head_dim_v; ++d) {
       const double got = to_float(c.dtype, out.data(), (token * c.num_heads + h) * c.head_dim_v + d);
       if (!(std::fabs(got - want[d]) <= 1e30)) return INFINITY;  // NaN
-      error = std::max(error, std::fabs(got - want[d]));
+      error = std::max(error, std::fabs(got - want[d]) - smallest_step);
     }
     const double want_lse = any || c.sinks ? max + std::log(sum) : -INFINITY;
     const double got_lse = lse[token * c.num_heads + h];
