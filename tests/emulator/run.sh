@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the self-test's HIP kernels, as compiled, in tinygrad's emulator of AMD instructions:
 #   bash tests/emulator/run.sh TINYGRAD TARGET [BUILD]
-# TINYGRAD: a checkout of its repository (the PyPI package lacks the emulator) with wmma_inline_constant.patch applied; TARGET:
+# TINYGRAD: a checkout of its repository (the PyPI package lacks the emulator) with emulator.patch applied (patch -p1); TARGET:
 # gfx1100, gfx1201, gfx942 or gfx950; BUILD: a build with HIP kernels (default build). About two minutes for waves of 32.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
