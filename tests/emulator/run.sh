@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 bundle=$build/generated/kernels.hipfb
 name=$(clang-offload-bundler-22 --list --type=o --input="$bundle" | grep -- "-$target\$")
 clang-offload-bundler-22 --unbundle --type=o --input="$bundle" --targets="$name" --output="$work/code.o"
-g++ -shared -fPIC -O1 $(/usr/bin/python3-config --includes) tests/emulator/runtime.cc -o "$work/libamdhip64.so" \
+g++ -shared -fPIC -O1 -Itests $(/usr/bin/python3-config --includes) tests/emulator/runtime.cc -o "$work/libamdhip64.so" \
   $(/usr/bin/python3-config --ldflags --embed) # Debian's, of python3-dev: a shared libpython
 ln -s "$(command -v clang-22)" "$work/clang" # the emulator compiles what it runs
 PATH="$work:$PATH" DEV=CPU PYTHONPATH="$tinygrad:tests/emulator" TQ_HIP_LIBRARY="$work/libamdhip64.so" \

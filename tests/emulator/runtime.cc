@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#define TQ_HIP_API extern "C" __attribute__((visibility("default")))
+#include "simt/host_memory.h"
 
 namespace {
 
@@ -77,28 +77,5 @@ TQ_HIP_API int hipModuleLaunchKernel(void* function, unsigned gx, unsigned gy, u
   const auto first = reinterpret_cast<unsigned long long>(arguments[0]);
   return call("launch", "(KIIIIK)", handle, gx, gy, gz, threads, first) != nullptr ? 0 : kLaunchFailure;
 }
-TQ_HIP_API int hipMalloc(void** out, size_t bytes) {
-  *out = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
-  return *out != nullptr ? 0 : 2;
-}
-TQ_HIP_API int hipFree(void* p) {
-  std::free(p);
-  return 0;
-}
-TQ_HIP_API int hipMemcpyDtoH(void* to, void* from, size_t bytes) {
-  std::memcpy(to, from, bytes);
-  return 0;
-}
-TQ_HIP_API int hipMemcpyHtoD(void* to, void* from, size_t bytes) {
-  std::memcpy(to, from, bytes);
-  return 0;
-}
-TQ_HIP_API int hipDeviceSynchronize() { return 0; }
-TQ_HIP_API int hipStreamSynchronize(void*) { return 0; }
-TQ_HIP_API int hipStreamIsCapturing(void*, int* status) {
-  *status = 0;
-  return 0;
-}
-TQ_HIP_API int hipGetLastError() { return 0; }
 TQ_HIP_API const char* hipGetErrorName(int) { return "hipErrorLaunchFailure"; }
 TQ_HIP_API const char* hipGetErrorString(int) { return "the emulator raised"; }

@@ -7,11 +7,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "simt/host_memory.h"
 #include "simt/simt.h"
 
 extern "C" const int tq_wave_size;
-
-#define TQ_HIP_API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -71,29 +70,6 @@ TQ_HIP_API int hipModuleLaunchKernel(void* function, unsigned gx, unsigned gy, u
                tq_wave_size);
   return 0;
 }
-TQ_HIP_API int hipMalloc(void** out, size_t bytes) {
-  *out = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
-  return *out != nullptr ? 0 : 2;
-}
-TQ_HIP_API int hipFree(void* p) {
-  std::free(p);
-  return 0;
-}
-TQ_HIP_API int hipMemcpyDtoH(void* to, void* from, size_t bytes) {
-  std::memcpy(to, from, bytes);
-  return 0;
-}
-TQ_HIP_API int hipMemcpyHtoD(void* to, void* from, size_t bytes) {
-  std::memcpy(to, from, bytes);
-  return 0;
-}
-TQ_HIP_API int hipDeviceSynchronize() { return 0; }
-TQ_HIP_API int hipStreamSynchronize(void*) { return 0; }
-TQ_HIP_API int hipStreamIsCapturing(void*, int* status) {
-  *status = 0;
-  return 0;
-}
-TQ_HIP_API int hipGetLastError() { return 0; }
 TQ_HIP_API const char* hipGetErrorName(int error) {
   return error == kNotFound ? "hipErrorNotFound" : "hipErrorInvalidValue";
 }
