@@ -8,6 +8,7 @@
 
 #include "abi/backend.h"
 #include "abi/error.h"
+#include "abi/structs.h"
 #include "abi/validate.h"
 #include "build_id.h"
 #include "codec/lloyd_max.h"
@@ -50,18 +51,24 @@ TqFormatInfo format_info(const Format& format) {
   return info;
 }
 
+// The count convention: capacity in, number out; without out only the number.
+Status check_capacity(const void* out, const int64_t* count, int64_t number, const char* what) {
+  if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
+  if (out != nullptr && *count < number) {
+    return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(number) + " " +
+                   what);
+  }
+  return {};
+}
+
 int32_t api_list_formats(TqFormatInfo* out, int64_t* count, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
     const auto formats = all_formats();
     const auto number = static_cast<int64_t>(formats.size());
-    if (out != nullptr && *count < number) {
-      return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(number) +
-                     " formats");
-    }
-    for (int64_t i = 0; out != nullptr && i < number; ++i) {
-      if (Status s = write_struct("out[i]", format_info(formats[i]), sizeof(TqFormatInfo), &out[i]); !s.ok()) return s;
-    }
+    Rows<TqFormatInfo> rows;
+    TQ_RETURN_IF_ERROR(check_capacity(out, count, number, "formats"));
+    TQ_RETURN_IF_ERROR(Rows<TqFormatInfo>::check("out", out, number, &rows));
+    for (int64_t i = 0; !rows.empty() && i < number; ++i) write_struct(format_info(formats[i]), rows[i]);
     *count = number;
     return {};
   });
@@ -79,41 +86,71 @@ int32_t api_format_by_name(const char* name, TqFormatInfo* out, TqError* error) 
       return {TQ_NOT_FOUND, std::string("there is no KV format '") + name + "'; did you mean '" +
                                 nearest_format(name).name + "'? Formats are " + known};
     }
-    return write_struct("out", format_info(*format), sizeof(TqFormatInfo), out);
+    TQ_RETURN_IF_ERROR(check_struct_size("out", out));
+    write_struct(format_info(*format), out);
+    return {};
   });
 }
 
-int32_t api_codebook(uint32_t format_id, TqCodebook* out, TqError* error) {
+// The format, side and head_dim of the functions of the codec, whose vectors are a page's.
+Status check_codec_args(uint32_t format_id, int32_t side, int32_t head_dim, const Format** format) {
+  TQ_RETURN_IF_ERROR(check_format(format_id, format));
+  if (side != TQ_SIDE_KEY && side != TQ_SIDE_VALUE) {
+    return invalid("args.side is " + std::to_string(side) + "; it must be TQ_SIDE_KEY (2) or TQ_SIDE_VALUE (3)");
+  }
+  return check_head_dim("args.head_dim", head_dim);
+}
+
+int32_t api_codebook(const TqCodebookArgs* given, TqCodebook* out, float* levels, float* midpoints, int64_t capacity,
+                     TqError* error) {
   return guarded(error, [&]() -> Status {
-    const Format* format;
-    if (Status s = check_format(format_id, &format); !s.ok()) return s;
-    if (!format->rotates_keys()) {
-      return {TQ_NOT_FOUND,
-              std::string("format ") + format->name + " has no codebook: its keys are not Lloyd-Max codes"};
+    TqCodebookArgs args = {};
+    const Format* format = nullptr;
+    TQ_RETURN_IF_ERROR(read_struct("args", given, &args));
+    TQ_RETURN_IF_ERROR(check_codec_args(args.format_id, args.side, args.head_dim, &format));
+    TQ_RETURN_IF_ERROR(check_struct_size("out", out));
+    if (args.side == TQ_SIDE_VALUE || !format->rotates_keys()) {
+      return {TQ_NOT_FOUND, std::string("format ") + format->name + " has no codebook of " +
+                                (args.side == TQ_SIDE_VALUE ? "values" : "keys") +
+                                ": their codes are not indices of one"};
+    }
+    if (args.group != 0) {
+      return invalid("args.group is " + std::to_string(args.group) + "; format " + format->name +
+                     " has one group of dimensions, 0");
     }
     const Codebook& book = format_codebook(format->key_bits);
+    if ((levels != nullptr || midpoints != nullptr) && capacity < book.num_levels) {
+      return invalid("capacity is " + std::to_string(capacity) + "; levels and midpoints must have room for " +
+                     std::to_string(book.num_levels) + " floats");
+    }
     TqCodebook c = {};
+    c.num_groups = 1;
+    c.num_dims = args.head_dim;
     c.bits = book.bits;
     c.num_levels = book.num_levels;
-    c.scale = book.scale;
-    for (int i = 0; i < book.num_levels; ++i) c.levels[i] = book.levels[i];
-    for (int i = 0; i + 1 < book.num_levels; ++i) c.midpoints[i] = book.midpoints[i];
-    return write_struct("out", c, sizeof(TqCodebook), out);
+    for (int i = 0; levels != nullptr && i < book.num_levels; ++i) {
+      levels[i] = static_cast<float>(book.levels[i]) / book.scale;
+    }
+    if (midpoints != nullptr) std::copy_n(book.midpoints, book.num_levels - 1, midpoints);
+    write_struct(c, out);
+    return {};
   });
 }
 
-int32_t api_fake_quantize(uint32_t format_id, int32_t is_key, int32_t head_dim, int64_t num_rows, const float* in,
-                          float* out, TqError* error) {
+int32_t api_fake_quantize(const TqFakeQuantizeArgs* given, TqError* error) {
   return guarded(error, [&]() -> Status {
-    const Format* format;
-    if (Status s = check_format(format_id, &format); !s.ok()) return s;
-    if (head_dim < kHeadDimMultiple || head_dim > kMaxHeadDim || head_dim % kHeadDimMultiple != 0) {
-      return invalid("head_dim is " + std::to_string(head_dim) + "; it must be a multiple of 16 from 16 to 512");
+    TqFakeQuantizeArgs args = {};
+    const Format* format = nullptr;
+    TQ_RETURN_IF_ERROR(read_struct("args", given, &args));
+    TQ_RETURN_IF_ERROR(check_codec_args(args.format_id, args.side, args.head_dim, &format));
+    if (args.num_rows < 0) {
+      return invalid("args.num_rows is " + std::to_string(args.num_rows) + "; it must not be negative");
     }
-    if (num_rows < 0) return invalid("num_rows is " + std::to_string(num_rows) + "; it must not be negative");
-    if (num_rows > 0 && (in == nullptr || out == nullptr))
-      return invalid("in or out is NULL; both must hold num_rows rows");
-    (is_key != 0 ? fake_quantize_key : fake_quantize_value)(*format, head_dim, num_rows, in, out);
+    if (args.num_rows > 0 && (args.in == nullptr || args.out == nullptr)) {
+      return invalid("args.in or args.out is NULL; both must hold num_rows rows");
+    }
+    (args.side == TQ_SIDE_KEY ? fake_quantize_key : fake_quantize_value)(*format, args.head_dim, args.num_rows, args.in,
+                                                                         args.out);
     return {};
   });
 }
@@ -121,7 +158,8 @@ int32_t api_fake_quantize(uint32_t format_id, int32_t is_key, int32_t head_dim, 
 int32_t api_kv_cache_spec(const TqLayerDesc* layer, TqKvCacheSpec* out, TqError* error) {
   return guarded(error, [&]() -> Status {
     CheckedLayer checked = {};
-    if (Status s = check_layer_desc(layer, &checked); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(check_layer_desc(layer, &checked));
+    TQ_RETURN_IF_ERROR(check_struct_size("out", out));
     const TqLayerDesc& d = checked.desc;
     TqKvCacheSpec spec = {};
     spec.format_id = d.format_id;
@@ -129,50 +167,76 @@ int32_t api_kv_cache_spec(const TqLayerDesc* layer, TqKvCacheSpec* out, TqError*
     spec.block_size_multiple = kAtomTokens;
     spec.alignment = kPageAlignment;
     spec.bytes_per_token = int64_t{spec.slot_bytes} * d.num_kv_heads;
-    return write_struct("out", spec, sizeof(TqKvCacheSpec), out);
+    write_struct(spec, out);
+    return {};
   });
+}
+
+// A row of TqPlanRequest.layers as the planner has it.
+Status read_plan_layer(const std::string& name, const TqPlanLayer* given, LayerSpec* out) {
+  TqPlanLayer l = {};
+  TQ_RETURN_IF_ERROR(read_struct(name, given, &l));
+  if (l.shares_pages != 0 && l.shares_pages != 1) {
+    return invalid(name + ".shares_pages is " + std::to_string(l.shares_pages) + "; it must be 0 or 1");
+  }
+  if (l.shares_pages == 1 && l.kv_sharing_target < 0) {
+    return invalid(name + ".kv_sharing_target is " + std::to_string(l.kv_sharing_target) +
+                   "; with shares_pages it must be the index of a layer");
+  }
+  if (l.shares_pages == 0 && l.kv_sharing_target != 0) {
+    return invalid(name + ".kv_sharing_target is " + std::to_string(l.kv_sharing_target) +
+                   "; without shares_pages it must be 0");
+  }
+  const int target = l.shares_pages == 1 ? l.kv_sharing_target : -1;
+  if (l.state_bytes != 0) {
+    *out = {nullptr, 0, 0, 0, 0, 0, l.state_bytes, target};
+    return {};
+  }
+  const Format* format = nullptr;
+  if (l.format_id != 0) {
+    if (Status s = check_format(l.format_id, &format); !s.ok()) return {s.code, name + ": " + s.message};
+  }
+  *out = {format,
+          format != nullptr ? 0 : l.native_bytes,
+          l.num_kv_heads,
+          l.head_dim,
+          l.head_dim_v != 0 ? l.head_dim_v : l.head_dim,
+          l.sliding_window,
+          0,
+          target};
+  return {};
 }
 
 int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* count, TqPlanSummary* summary,
                        TqError* error) {
   return guarded(error, [&]() -> Status {
     TqPlanRequest request = {};
-    if (Status s = read_struct("request", given, sizeof(TqPlanRequest), &request); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(read_struct("request", given, &request));
     if (request.num_layers < 1 || request.num_layers > kMaxLayers || request.layers == nullptr) {
       return invalid("request.num_layers is " + std::to_string(request.num_layers) + "; there must be from 1 to " +
                      std::to_string(kMaxLayers) + " layers, and layers must point to them");
     }
-    if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
-    if (out != nullptr && *count < request.num_layers) {
-      return invalid("*count is " + std::to_string(*count) + "; out must have room for " +
-                     std::to_string(request.num_layers) + " layers");
+    if (request.side_by_side != 0 && request.side_by_side != 1) {
+      return invalid("request.side_by_side is " + std::to_string(request.side_by_side) + "; it must be 0 or 1");
     }
-    std::vector<LayerSpec> layers;
-    // The array's stride is the caller's own struct size, so that an older caller's array is walked rightly.
-    const char* at = reinterpret_cast<const char*>(request.layers);
+    Rows<TqPagePlan> rows;
+    TQ_RETURN_IF_ERROR(check_capacity(out, count, request.num_layers, "layers"));
+    TQ_RETURN_IF_ERROR(Rows<TqPagePlan>::check("out", out, request.num_layers, &rows));
+    TQ_RETURN_IF_ERROR(check_struct_size("summary", summary));
+    Rows<const TqPlanLayer> given_layers;
+    TQ_RETURN_IF_ERROR(
+        Rows<const TqPlanLayer>::check("request.layers", request.layers, request.num_layers, &given_layers));
+    std::vector<LayerSpec> layers(static_cast<size_t>(request.num_layers));
     for (int64_t i = 0; i < request.num_layers; ++i) {
-      const auto* layer = reinterpret_cast<const TqPlanLayer*>(at);
       const std::string name = "request.layers[" + std::to_string(i) + "]";
-      TqPlanLayer l = {};
-      if (Status s = read_struct(name.c_str(), layer, sizeof(TqPlanLayer), &l); !s.ok()) return s;
-      const Format* format = nullptr;
-      if (l.format_id != 0 && l.state_bytes == 0) {
-        if (Status s = check_format(l.format_id, &format); !s.ok()) return {s.code, name + ": " + s.message};
-      }
-      if (l.state_bytes != 0) {
-        layers.push_back({nullptr, 0, 0, 0, 0, 0, l.state_bytes, l.kv_sharing_target});
-      } else {
-        layers.push_back({format, format != nullptr ? 0 : l.native_bytes, l.num_kv_heads, l.head_dim,
-                          l.head_dim_v != 0 ? l.head_dim_v : l.head_dim, l.sliding_window, 0, l.kv_sharing_target});
-      }
-      at += layer->struct_size;
+      TQ_RETURN_IF_ERROR(read_plan_layer(name, given_layers[i], &layers[static_cast<size_t>(i)]));
     }
     Plan plan;
     if (std::string sentence =
             plan_pages(layers,
                        {request.block_size, request.max_block_size, request.memory_bytes, request.max_model_len,
                         request.max_in_flight_tokens, request.blocks_per_state != 0 ? request.blocks_per_state : 1,
-                        request.side_by_side != 0},
+                        request.side_by_side == 1},
                        &plan);
         !sentence.empty()) {
       return invalid(sentence);
@@ -186,15 +250,15 @@ int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* cou
     totals.blocks_per_sequence = plan.blocks_per_sequence;
     totals.waste_bytes = plan.waste_bytes;
     totals.longest_sequence = plan.longest_sequence;
-    if (Status s = write_struct("summary", totals, sizeof(TqPlanSummary), summary); !s.ok()) return s;
-    for (int64_t i = 0; out != nullptr && i < request.num_layers; ++i) {
-      const LayerPlan& from = plan.layers[i];
+    write_struct(totals, summary);
+    for (int64_t i = 0; !rows.empty() && i < request.num_layers; ++i) {
+      const LayerPlan& from = plan.layers[static_cast<size_t>(i)];
       TqPagePlan row = {};
       row.group = from.group;
       row.block_size = from.block_size;
       row.page_bytes = from.page_bytes;
       row.padding_bytes = from.padding_bytes;
-      if (Status s = write_struct("out[i]", row, sizeof(TqPagePlan), &out[i]); !s.ok()) return s;
+      write_struct(row, rows[i]);
     }
     *count = request.num_layers;
     return {};
@@ -204,28 +268,29 @@ int32_t api_plan_pages(const TqPlanRequest* given, TqPagePlan* out, int64_t* cou
 int32_t api_align_skip_layers(const TqSkipRequest* given, int32_t* out, int64_t* count, TqError* error) {
   return guarded(error, [&]() -> Status {
     TqSkipRequest request = {};
-    if (Status s = read_struct("request", given, sizeof(TqSkipRequest), &request); !s.ok()) return s;
-    if (request.num_layers < 1 || request.num_layers > kMaxLayers || request.kv_sharing_targets == nullptr) {
+    TQ_RETURN_IF_ERROR(read_struct("request", given, &request));
+    if (request.num_layers < 1 || request.num_layers > kMaxLayers) {
       return invalid("request.num_layers is " + std::to_string(request.num_layers) + "; there must be from 1 to " +
-                     std::to_string(kMaxLayers) + " layers, and kv_sharing_targets must point to one number of each");
+                     std::to_string(kMaxLayers) + " layers");
     }
     if (request.num_skip_layers < 0 || (request.num_skip_layers > 0 && request.skip_layers == nullptr)) {
       return invalid("request.num_skip_layers is " + std::to_string(request.num_skip_layers) +
                      "; it must not be negative, and skip_layers must point to so many numbers");
     }
-    if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
+    TQ_RETURN_IF_ERROR(check_capacity(out, count, 0, "layers"));
+    std::vector<int32_t> targets(static_cast<size_t>(request.num_layers), -1);
+    if (request.kv_sharing_targets != nullptr) {
+      std::copy_n(request.kv_sharing_targets, request.num_layers, targets.begin());
+    }
     std::vector<int32_t> layers;
-    if (std::string sentence = align_skip_layers({request.kv_sharing_targets, static_cast<size_t>(request.num_layers)},
-                                                 {request.skip_layers, static_cast<size_t>(request.num_skip_layers)},
-                                                 request.boundary_layers, &layers);
+    if (std::string sentence =
+            align_skip_layers(targets, {request.skip_layers, static_cast<size_t>(request.num_skip_layers)},
+                              request.boundary_layers, &layers);
         !sentence.empty()) {
       return invalid(sentence);
     }
     const auto number = static_cast<int64_t>(layers.size());
-    if (out != nullptr && *count < number) {
-      return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(number) +
-                     " layers");
-    }
+    TQ_RETURN_IF_ERROR(check_capacity(out, count, number, "layers"));
     if (out != nullptr) std::copy(layers.begin(), layers.end(), out);
     *count = number;
     return {};
@@ -244,21 +309,21 @@ void api_destroy_backend(TqBackend* backend) { destroy_backend(backend); }
 
 int32_t api_query_caps(const TqBackend* backend, TqCaps* out, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (Status s = need_backend(backend); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(need_backend(backend));
     return query_caps(*backend, out);
   });
 }
 
 int32_t api_query_counters(const TqBackend* backend, TqCounters* out, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (Status s = need_backend(backend); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(need_backend(backend));
     return query_counters(*backend, out);
   });
 }
 
 int32_t api_check_layer(const TqBackend* backend, const TqLayerDesc* layer, uint64_t* unmet, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (Status s = need_backend(backend); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(need_backend(backend));
     return check_layer(*backend, layer, unmet);
   });
 }
@@ -270,45 +335,42 @@ Status supported(const TqBackend& backend, const PagedCache& cache, int num_head
 }
 
 // The block size does not matter to the workspace; any valid one makes a layout.
-uint64_t workspace_bytes(const TqBackend& backend, const CheckedLayer& layer, int64_t num_tokens, int64_t num_seqs) {
+uint64_t workspace_bytes(const TqBackend& backend, const CheckedLayer& layer) {
   const TqLayerDesc& d = layer.desc;
   const PageLayout layout = make_page_layout(*layer.format, d.head_dim, d.head_dim_v, d.num_kv_heads, kAtomTokens);
-  return backend.kernels->workspace_size(backend.state, layout, d.num_heads, num_tokens, num_seqs);
+  return backend.kernels->workspace_size(backend.state, layout, d.num_heads, 1, 1);
 }
 
-int32_t api_workspace_size(const TqBackend* backend, const TqLayerDesc* layer, int64_t num_tokens, int64_t num_seqs,
-                           uint64_t* bytes, TqError* error) {
+int32_t api_workspace_size(const TqBackend* backend, const TqLayerDesc* layer, uint64_t* bytes, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (Status s = need_backend(backend); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(need_backend(backend));
     if (bytes == nullptr) return invalid("bytes is NULL; it must point to the result");
-    if (num_tokens < 0) return invalid("num_tokens is " + std::to_string(num_tokens) + "; it must not be negative");
-    if (num_seqs < 0) return invalid("num_seqs is " + std::to_string(num_seqs) + "; it must not be negative");
     CheckedLayer checked = {};
-    if (Status s = check_layer_desc(layer, &checked); !s.ok()) return s;
-    if (Status s = layer_supported(*backend, checked); !s.ok()) return s;
-    *bytes = workspace_bytes(*backend, checked, num_tokens, num_seqs);
+    TQ_RETURN_IF_ERROR(check_layer_desc(layer, &checked));
+    TQ_RETURN_IF_ERROR(layer_supported(*backend, checked));
+    *bytes = workspace_bytes(*backend, checked);
     return {};
   });
 }
 
 int32_t api_store_kv(TqBackend* backend, const TqStoreKvArgs* args, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (Status s = need_backend(backend); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(need_backend(backend));
     StoreParams params = {};
-    if (Status s = check_store(args, backend->host_tables(), &params); !s.ok()) return s;
-    if (Status s = supported(*backend, params.cache, params.cache.layout.num_kv_heads); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(check_store(args, backend->host_tables(), &params));
+    TQ_RETURN_IF_ERROR(supported(*backend, params.cache, params.cache.layout.num_kv_heads));
     return from_kernel(backend->kernels->store_kv(backend->state, params));
   });
 }
 
 int32_t api_attend(TqBackend* backend, const TqAttendArgs* args, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (Status s = need_backend(backend); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(need_backend(backend));
     AttendParams params = {};
     CheckedLayer layer = {};
-    if (Status s = check_attend(args, backend->host_tables(), &params, &layer); !s.ok()) return s;
-    if (Status s = supported(*backend, params.cache, params.num_heads); !s.ok()) return s;
-    const uint64_t needed = workspace_bytes(*backend, layer, params.num_tokens, params.num_seqs);
+    TQ_RETURN_IF_ERROR(check_attend(args, backend->host_tables(), &params, &layer));
+    TQ_RETURN_IF_ERROR(supported(*backend, params.cache, params.num_heads));
+    const uint64_t needed = workspace_bytes(*backend, layer);
     if (params.workspace_bytes < needed) {
       return invalid("workspace_bytes is " + std::to_string(params.workspace_bytes) + "; this call needs at least " +
                      std::to_string(needed) + " (see workspace_size)");
@@ -319,60 +381,42 @@ int32_t api_attend(TqBackend* backend, const TqAttendArgs* args, TqError* error)
 
 int32_t api_dequant_kv(TqBackend* backend, const TqDequantKvArgs* args, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (Status s = need_backend(backend); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(need_backend(backend));
     DequantParams params = {};
-    if (Status s = check_dequant(args, backend->host_tables(), &params); !s.ok()) return s;
-    if (Status s = supported(*backend, params.cache, params.cache.layout.num_kv_heads); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(check_dequant(args, backend->host_tables(), &params));
+    TQ_RETURN_IF_ERROR(supported(*backend, params.cache, params.cache.layout.num_kv_heads));
     return from_kernel(backend->kernels->dequant_kv(backend->state, params));
   });
 }
 
 int32_t api_copy_pages(TqBackend* backend, const TqCopyPagesArgs* args, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (Status s = need_backend(backend); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(need_backend(backend));
     CopyParams params = {};
-    if (Status s = check_copy(args, backend->host_tables(), &params); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(check_copy(args, backend->host_tables(), &params));
     return from_kernel(backend->kernels->copy_pages(backend->state, params));
   });
 }
 
 int32_t api_rotate(TqBackend* backend, const TqRotateArgs* args, TqError* error) {
   return guarded(error, [&]() -> Status {
-    if (Status s = need_backend(backend); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(need_backend(backend));
     RotateParams params = {};
     CheckedLayer layer = {};
-    if (Status s = check_rotate(args, &params, &layer); !s.ok()) return s;
-    if (Status s = layer_supported(*backend, layer); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(check_rotate(args, backend->host_tables(), &params, &layer));
+    TQ_RETURN_IF_ERROR(layer_supported(*backend, layer));
     return from_kernel(backend->kernels->rotate(backend->state, params));
   });
 }
 
 constexpr TqApi kApi = {
-    sizeof(TqApi),
-    TQ_ABI_MAJOR,
-    TQ_ABI_MINOR,
-    0,
-    &api_build_id,
-    &api_list_formats,
-    &api_format_by_name,
-    &api_codebook,
-    &api_fake_quantize,
-    &api_kv_cache_spec,
-    &api_plan_pages,
-    &api_list_libraries,
-    &api_create_backend,
-    &api_destroy_backend,
-    &api_query_caps,
-    &api_query_counters,
-    &api_check_layer,
-    &api_unmet_reason,
-    &api_workspace_size,
-    &api_store_kv,
-    &api_attend,
-    &api_dequant_kv,
-    &api_copy_pages,
+    sizeof(TqApi),       TQ_ABI_MAJOR,        TQ_ABI_MINOR,         0,
+    &api_build_id,       &api_list_formats,   &api_format_by_name,  &api_codebook,
+    &api_fake_quantize,  &api_kv_cache_spec,  &api_plan_pages,      &api_align_skip_layers,
+    &api_list_libraries, &api_create_backend, &api_destroy_backend, &api_query_caps,
+    &api_query_counters, &api_check_layer,    &api_unmet_reason,    &api_workspace_size,
+    &api_store_kv,       &api_attend,         &api_dequant_kv,      &api_copy_pages,
     &api_rotate,
-    &api_align_skip_layers,
 };
 
 // Append-only: a slot that moves breaks every caller that was built before. Each pins one.
@@ -384,21 +428,21 @@ TQ_PIN_SLOT(codebook, 3);
 TQ_PIN_SLOT(fake_quantize, 4);
 TQ_PIN_SLOT(kv_cache_spec, 5);
 TQ_PIN_SLOT(plan_pages, 6);
-TQ_PIN_SLOT(list_libraries, 7);
-TQ_PIN_SLOT(create_backend, 8);
-TQ_PIN_SLOT(destroy_backend, 9);
-TQ_PIN_SLOT(query_caps, 10);
-TQ_PIN_SLOT(query_counters, 11);
-TQ_PIN_SLOT(check_layer, 12);
-TQ_PIN_SLOT(unmet_reason, 13);
-TQ_PIN_SLOT(workspace_size, 14);
-TQ_PIN_SLOT(store_kv, 15);
-TQ_PIN_SLOT(attend, 16);
-TQ_PIN_SLOT(dequant_kv, 17);
-TQ_PIN_SLOT(copy_pages, 18);
-TQ_PIN_SLOT(rotate, 19);
-TQ_PIN_SLOT(align_skip_layers, 20);
-static_assert(sizeof(TqApi) == 16 + 21 * sizeof(void*), "append a TQ_PIN_SLOT for the new function");
+TQ_PIN_SLOT(align_skip_layers, 7);
+TQ_PIN_SLOT(list_libraries, 8);
+TQ_PIN_SLOT(create_backend, 9);
+TQ_PIN_SLOT(destroy_backend, 10);
+TQ_PIN_SLOT(query_caps, 11);
+TQ_PIN_SLOT(query_counters, 12);
+TQ_PIN_SLOT(check_layer, 13);
+TQ_PIN_SLOT(unmet_reason, 14);
+TQ_PIN_SLOT(workspace_size, 15);
+TQ_PIN_SLOT(store_kv, 16);
+TQ_PIN_SLOT(attend, 17);
+TQ_PIN_SLOT(dequant_kv, 18);
+TQ_PIN_SLOT(copy_pages, 19);
+TQ_PIN_SLOT(rotate, 20);
+static_assert(TQ_API_SIZE_1_0 == offsetof(TqApi, rotate) + sizeof(TqApi::rotate), "1.0 ends with rotate");
 
 }  // namespace
 }  // namespace tq

@@ -5,6 +5,7 @@
 #include <iterator>
 
 #include "abi/loader.h"
+#include "abi/structs.h"
 
 namespace tq {
 namespace {
@@ -54,7 +55,7 @@ Status from_kernel(const KernelStatus& status) {
 Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   if (out == nullptr) return invalid("out is NULL; it must point to a TqBackend*");
   TqBackendOptions options = {};
-  if (Status s = read_struct("options", given, sizeof(TqBackendOptions), &options); !s.ok()) return s;
+  TQ_RETURN_IF_ERROR(read_struct("options", given, &options));
   if (options.device_kind != TQ_DEVICE_AUTO &&
       std::find(std::begin(kDeviceKinds), std::end(kDeviceKinds), options.device_kind) == std::end(kDeviceKinds)) {
     return invalid("options.device_kind is " + std::to_string(options.device_kind) +
@@ -66,8 +67,7 @@ Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   ParallelFor parallel_for = {};
   if (options.parallel_for != nullptr) {
     TqParallelFor p = {};
-    if (Status s = read_struct("options.parallel_for", options.parallel_for, sizeof(TqParallelFor), &p); !s.ok())
-      return s;
+    TQ_RETURN_IF_ERROR(read_struct("options.parallel_for", options.parallel_for, &p));
     if (p.run == nullptr)
       return invalid("options.parallel_for.run is NULL; pass no parallel_for to use the library's threads");
     if (p.num_threads < 1 || p.num_threads > 4096) {
@@ -78,7 +78,7 @@ Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   }
   const std::string dir = options.kernels_dir != nullptr ? options.kernels_dir : default_kernels_dir();
   if (options.device_kind == TQ_DEVICE_AUTO) {
-    if (Status s = choose_kind(dir, &options.device_kind); !s.ok()) return s;
+    TQ_RETURN_IF_ERROR(choose_kind(dir, &options.device_kind));
   }
   const Candidate chosen = examine(dir, options.device_kind);
   if (!chosen.status.ok()) return chosen.status;
@@ -110,32 +110,36 @@ Status list_libraries(const char* kernels_dir, TqLibraryInfo* out, int64_t* coun
     return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(kNumber) +
                    " rows");
   }
+  Rows<TqLibraryInfo> rows;
+  TQ_RETURN_IF_ERROR(Rows<TqLibraryInfo>::check("out", out, kNumber, &rows));
   for (int64_t i = 0; i < kNumber; ++i) {
     const Candidate c = examine(kernels_dir != nullptr ? kernels_dir : default_kernels_dir(), kDeviceKinds[i]);
     TqLibraryInfo row = {};
-    row.struct_size = sizeof(row);
     row.device_kind = c.device_kind;
     copy_text(c.path, row.path);
     if (c.kernels != nullptr) copy_text(c.kernels->build_id, row.build_id);
     row.usable = c.status.ok() ? 1 : 0;
     row.score = c.score;
     copy_text(c.status.ok() ? "its build id matches and its device is there" : c.status.message, row.reason);
-    if (Status s = write_struct("out[i]", row, sizeof(TqLibraryInfo), &out[i]); !s.ok()) return s;
+    write_struct(row, rows[i]);
   }
   *count = kNumber;
   return {};
 }
 
 Status query_caps(const TqBackend& backend, TqCaps* out) {
+  TQ_RETURN_IF_ERROR(check_struct_size("out", out));
   TqCaps caps = {};
   caps.device_kind = backend.kernels->device_kind;
   copy_text(backend.library, caps.library);
   copy_text(backend.kernels->build_id, caps.build_id);
   copy_text(backend.kernels->device_name(backend.state), caps.device_name);
-  return write_struct("out", caps, sizeof(TqCaps), out);
+  write_struct(caps, out);
+  return {};
 }
 
 Status query_counters(const TqBackend& backend, TqCounters* out) {
+  TQ_RETURN_IF_ERROR(check_struct_size("out", out));
   KernelCounters from = {};
   backend.kernels->counters(backend.state, &from);
   TqCounters counters = {};
@@ -144,7 +148,8 @@ Status query_counters(const TqBackend& backend, TqCounters* out) {
   counters.attend_calls = from.attend_calls;
   counters.query_tokens = from.query_tokens;
   counters.compressed_kv_reads = from.compressed_kv_reads;
-  return write_struct("out", counters, sizeof(TqCounters), out);
+  write_struct(counters, out);
+  return {};
 }
 
 Status layer_supported(const TqBackend& backend, const CheckedLayer& layer) {
@@ -156,7 +161,7 @@ Status layer_supported(const TqBackend& backend, const CheckedLayer& layer) {
 Status check_layer(const TqBackend& backend, const TqLayerDesc* layer, uint64_t* unmet) {
   if (unmet == nullptr) return invalid("unmet is NULL; it must point to a bit mask");
   TqLayerDesc d = {};
-  if (Status s = read_struct("layer", layer, sizeof(TqLayerDesc), &d); !s.ok()) return s;
+  TQ_RETURN_IF_ERROR(read_struct("layer", layer, &d));
   uint64_t bits = 0;
   for (size_t i = 0; i < std::size(kRequirements); ++i) {
     if (kRequirements[i].unmet(d)) bits |= uint64_t{1} << i;

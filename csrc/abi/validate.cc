@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <unordered_map>
+
+#include "abi/structs.h"
 
 namespace tq {
 namespace {
@@ -13,20 +16,14 @@ std::string text(T x) {
   return std::to_string(x);
 }
 
-#define TQ_RETURN_IF_ERROR(expr)                             \
-  do {                                                       \
-    if (Status status = (expr); !status.ok()) return status; \
-  } while (0)
-
-Status check_head_dim(const char* name, int32_t dim) {
-  if (dim < kHeadDimMultiple || dim > kMaxHeadDim || dim % kHeadDimMultiple != 0) {
-    return invalid(std::string(name) + " is " + text(dim) + "; it must be a multiple of 16 from 16 to 512");
-  }
+Status check_not_null(const char* name, const void* p) {
+  if (p == nullptr) return invalid(std::string(name) + " is NULL");
   return {};
 }
 
-Status check_not_null(const char* name, const void* p) {
-  if (p == nullptr) return invalid(std::string(name) + " is NULL");
+// A CPU call is done when it returns, so a stream there is a caller's mistake.
+Status check_stream(bool host_tables, const void* stream) {
+  if (host_tables && stream != nullptr) return invalid("stream is not NULL; it must be on a CPU backend");
   return {};
 }
 
@@ -58,6 +55,13 @@ Status check_block_row(const char* name, const int32_t* row, int64_t tokens, int
 
 }  // namespace
 
+Status check_head_dim(const char* name, int32_t dim) {
+  if (dim < kHeadDimMultiple || dim > kMaxHeadDim || dim % kHeadDimMultiple != 0) {
+    return invalid(std::string(name) + " is " + text(dim) + "; it must be a multiple of 16 from 16 to 512");
+  }
+  return {};
+}
+
 Status check_format(uint32_t format_id, const Format** out) {
   *out = find_format(format_id);
   if (*out != nullptr) return {};
@@ -68,7 +72,7 @@ Status check_format(uint32_t format_id, const Format** out) {
 
 Status check_layer_desc(const TqLayerDesc* layer, CheckedLayer* out) {
   TqLayerDesc& d = out->desc;
-  TQ_RETURN_IF_ERROR(read_struct("layer", layer, sizeof(TqLayerDesc), &d));
+  TQ_RETURN_IF_ERROR(read_struct("layer", layer, &d));
   TQ_RETURN_IF_ERROR(check_format(d.format_id, &out->format));
   if (d.attention_kind == TQ_ATTENTION_MLA) {
     return {TQ_UNIMPLEMENTED,
@@ -109,7 +113,7 @@ Status check_layer_desc(const TqLayerDesc* layer, CheckedLayer* out) {
 
 Status check_pages(const TqPages* given, const CheckedLayer& layer, PagedCache* out) {
   TqPages pages = {};
-  TQ_RETURN_IF_ERROR(read_struct("pages", given, sizeof(TqPages), &pages));
+  TQ_RETURN_IF_ERROR(read_struct("pages", given, &pages));
   if (pages.format_id != layer.desc.format_id) {
     const Format* came = find_format(pages.format_id);
     return invalid("pages.format_id is " + text(pages.format_id) + " (" + (came != nullptr ? came->name : "unknown") +
@@ -146,9 +150,10 @@ Status check_pages(const TqPages* given, const CheckedLayer& layer, PagedCache* 
 Status check_store(const TqStoreKvArgs* given, bool host_tables, StoreParams* out) {
   TqStoreKvArgs args = {};
   CheckedLayer layer = {};
-  TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqStoreKvArgs), &args));
+  TQ_RETURN_IF_ERROR(read_struct("args", given, &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, &layer));
   TQ_RETURN_IF_ERROR(check_pages(args.pages, layer, &out->cache));
+  TQ_RETURN_IF_ERROR(check_stream(host_tables, args.stream));
   if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
   const TqLayerDesc& d = layer.desc;
   if (args.num_tokens > 0) {
@@ -220,9 +225,10 @@ Status check_sequences(const TqAttendArgs& args, const PagedCache& cache) {
 
 Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* out, CheckedLayer* layer) {
   TqAttendArgs args = {};
-  TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqAttendArgs), &args));
+  TQ_RETURN_IF_ERROR(read_struct("args", given, &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, layer));
   TQ_RETURN_IF_ERROR(check_pages(args.pages, *layer, &out->cache));
+  TQ_RETURN_IF_ERROR(check_stream(host_tables, args.stream));
   const TqLayerDesc& d = layer->desc;
   if (args.num_seqs < 0) return invalid("num_seqs is " + text(args.num_seqs) + "; it must not be negative");
   if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
@@ -333,9 +339,10 @@ Status check_ranges(const TqDequantKvArgs& args, const PagedCache& cache) {
 Status check_dequant(const TqDequantKvArgs* given, bool host_tables, DequantParams* out) {
   TqDequantKvArgs args = {};
   CheckedLayer layer = {};
-  TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqDequantKvArgs), &args));
+  TQ_RETURN_IF_ERROR(read_struct("args", given, &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, &layer));
   TQ_RETURN_IF_ERROR(check_pages(args.pages, layer, &out->cache));
+  TQ_RETURN_IF_ERROR(check_stream(host_tables, args.stream));
   if (args.num_seqs < 0) return invalid("num_seqs is " + text(args.num_seqs) + "; it must not be negative");
   if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
   if (args.max_blocks_per_seq < 0) {
@@ -370,45 +377,77 @@ Status check_dequant(const TqDequantKvArgs* given, bool host_tables, DequantPara
   return {};
 }
 
+namespace {
+
+// Blocks that exist, and none that one pair writes in another pair; the table is in host memory.
+Status check_pairs(const TqCopyPagesArgs& args, int64_t num_blocks) {
+  std::unordered_map<int64_t, int64_t> writer;  // of each destination, its pair
+  for (int64_t i = 0; i < 2 * args.num_pairs; ++i) {
+    if (args.src_dst[i] < 0 || args.src_dst[i] >= num_blocks) {
+      return invalid("src_dst[" + text(i / 2) + "][" + text(i % 2) + "] is block " + text(args.src_dst[i]) +
+                     "; blocks go from 0 to " + text(num_blocks - 1));
+    }
+  }
+  for (int64_t i = 0; i < args.num_pairs; ++i) {
+    if (const auto [at, added] = writer.emplace(args.src_dst[2 * i + 1], i); !added) {
+      return invalid("src_dst[" + text(i) + "][1] is block " + text(at->first) + ", which src_dst[" + text(at->second) +
+                     "] writes too; the pairs have no order, so each block may be written once");
+    }
+  }
+  for (int64_t i = 0; i < args.num_pairs; ++i) {
+    const auto at = writer.find(args.src_dst[2 * i]);
+    if (at != writer.end() && at->second != i) {
+      return invalid("src_dst[" + text(i) + "][0] is block " + text(at->first) + ", which src_dst[" + text(at->second) +
+                     "] writes; the pairs have no order, so a block that is read must not be written");
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
 Status check_copy(const TqCopyPagesArgs* given, bool host_tables, CopyParams* out) {
   TqCopyPagesArgs args = {};
   CheckedLayer layer = {};
-  TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqCopyPagesArgs), &args));
+  TQ_RETURN_IF_ERROR(read_struct("args", given, &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, &layer));
   TQ_RETURN_IF_ERROR(check_pages(args.pages, layer, &out->cache));
+  TQ_RETURN_IF_ERROR(check_stream(host_tables, args.stream));
   if (args.num_pairs < 0) return invalid("num_pairs is " + text(args.num_pairs) + "; it must not be negative");
   if (args.num_pairs > 0) TQ_RETURN_IF_ERROR(check_not_null("src_dst", args.src_dst));
-  for (int64_t i = 0; host_tables && i < 2 * args.num_pairs; ++i) {
-    if (args.src_dst[i] < 0 || args.src_dst[i] >= out->cache.num_blocks) {
-      return invalid("src_dst[" + text(i / 2) + "][" + text(i % 2) + "] is block " + text(args.src_dst[i]) +
-                     "; blocks go from 0 to " + text(out->cache.num_blocks - 1));
-    }
-  }
+  if (host_tables) TQ_RETURN_IF_ERROR(check_pairs(args, out->cache.num_blocks));
   out->src_dst = args.src_dst;
   out->num_pairs = args.num_pairs;
   out->stream = args.stream;
   return {};
 }
 
-Status check_rotate(const TqRotateArgs* given, RotateParams* out, CheckedLayer* layer) {
+Status check_rotate(const TqRotateArgs* given, bool host_tables, RotateParams* out, CheckedLayer* layer) {
   TqRotateArgs args = {};
-  TQ_RETURN_IF_ERROR(read_struct("args", given, sizeof(TqRotateArgs), &args));
+  TQ_RETURN_IF_ERROR(read_struct("args", given, &args));
   TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, layer));
+  TQ_RETURN_IF_ERROR(check_stream(host_tables, args.stream));
+  if (args.side < TQ_SIDE_QUERY || args.side > TQ_SIDE_OUTPUT) {
+    return invalid("side is " + text(args.side) +
+                   "; it must be TQ_SIDE_QUERY (1), TQ_SIDE_KEY (2), TQ_SIDE_VALUE (3) or TQ_SIDE_OUTPUT (4)");
+  }
   if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
   if (args.num_heads < 1 || args.num_heads > 65536) {
     return invalid("num_heads is " + text(args.num_heads) + "; it must be from 1 to 65536");
   }
   const TqLayerDesc& d = layer->desc;
+  const bool of_keys = args.side == TQ_SIDE_QUERY || args.side == TQ_SIDE_KEY;
+  const int32_t dim = of_keys ? d.head_dim : d.head_dim_v;
   if (args.num_tokens > 0) {
     TQ_RETURN_IF_ERROR(check_not_null("x", args.x));
     TQ_RETURN_IF_ERROR(check_not_null("out", args.out));
-    TQ_RETURN_IF_ERROR(check_strides("x", args.x_token_stride, args.x_head_stride, args.num_heads, d.head_dim));
-    TQ_RETURN_IF_ERROR(check_strides("out", args.out_token_stride, args.out_head_stride, args.num_heads, d.head_dim));
+    TQ_RETURN_IF_ERROR(check_strides("x", args.x_token_stride, args.x_head_stride, args.num_heads, dim));
+    TQ_RETURN_IF_ERROR(check_strides("out", args.out_token_stride, args.out_head_stride, args.num_heads, dim));
   }
   out->dtype = static_cast<Dtype>(d.dtype);
-  out->rotates = layer->format->rotates_keys();
+  out->rotates = of_keys && layer->format->rotates_keys();
   out->num_heads = args.num_heads;
-  out->head_dim = d.head_dim;
+  out->head_dim = dim;
   out->num_tokens = args.num_tokens;
   out->x = args.x;
   out->x_token_stride = args.x_token_stride;

@@ -109,7 +109,6 @@ class SelfTest {
     d.head_dim = dim_;
     d.dtype = dtype;
     d.attention_kind = TQ_ATTENTION_DECODER;
-    d.kv_sharing_target = -1;
     return d;
   }
 
@@ -190,7 +189,15 @@ class SelfTest {
       std::vector<float> want(in.size());
       TqError error = {sizeof(TqError), 0, ""};
       const auto rows = static_cast<int64_t>(in.size()) / dim_;
-      if (api_.fake_quantize(format_.format_id, is_key ? 1 : 0, dim_, rows, in.data(), want.data(), &error) != TQ_OK) {
+      TqFakeQuantizeArgs args = {};
+      args.struct_size = sizeof(args);
+      args.format_id = format_.format_id;
+      args.side = is_key ? TQ_SIDE_KEY : TQ_SIDE_VALUE;
+      args.head_dim = dim_;
+      args.num_rows = rows;
+      args.in = in.data();
+      args.out = want.data();
+      if (api_.fake_quantize(&args, &error) != TQ_OK) {
         throw std::runtime_error(error.message);
       }
       int64_t ties = 0;
@@ -226,6 +233,7 @@ class SelfTest {
     TqRotateArgs a = {};
     a.struct_size = sizeof(a);
     a.num_heads = kKvHeads;
+    a.side = TQ_SIDE_KEY;
     a.layer = &d;
     a.num_tokens = num_tokens_;
     a.x = memory_->put(key_);
@@ -310,7 +318,7 @@ class SelfTest {
     a.spans = f.spans ? memory_->put(spans) : nullptr;
     a.max_spans = f.spans ? 1 : 0;
     TqError error = {sizeof(TqError), 0, ""};
-    if (api_.workspace_size(backend_, &d, kQueries, kSeqs, &a.workspace_bytes, &error) != TQ_OK) {
+    if (api_.workspace_size(backend_, &d, &a.workspace_bytes, &error) != TQ_OK) {
       throw std::runtime_error(error.message);
     }
     a.workspace = memory_->put(std::vector<uint8_t>(a.workspace_bytes, 0xff));

@@ -69,6 +69,12 @@ TqFormatInfo find_format(const std::string& name) {
   return info;
 }
 
+int32_t side_of(const std::string& name) {
+  if (name == "key") return TQ_SIDE_KEY;
+  if (name == "value") return TQ_SIDE_VALUE;
+  throw py::value_error("side is '" + name + "'; it must be key or value");
+}
+
 py::list formats() {
   int64_t count = 0;
   call(api().list_formats, static_cast<TqFormatInfo*>(nullptr), &count);
@@ -79,26 +85,42 @@ py::list formats() {
   return out;
 }
 
-py::dict codebook(const std::string& format) {
+py::dict codebook(const std::string& format, const std::string& side, int head_dim, int group) {
+  auto args = sized<TqCodebookArgs>();
+  args.format_id = find_format(format).format_id;
+  args.side = side_of(side);
+  args.head_dim = head_dim;
+  args.group = group;
   auto book = sized<TqCodebook>();
-  call(api().codebook, find_format(format).format_id, &book);
+  call(api().codebook, &args, &book, static_cast<float*>(nullptr), static_cast<float*>(nullptr), int64_t{0});
+  std::vector<float> levels(static_cast<size_t>(book.num_levels)), midpoints(levels.size());
+  call(api().codebook, &args, &book, levels.data(), midpoints.data(), static_cast<int64_t>(levels.size()));
+  midpoints.pop_back();
   py::dict d;
+  d["num_groups"] = book.num_groups;
+  d["first_dim"] = book.first_dim;
+  d["num_dims"] = book.num_dims;
   d["bits"] = book.bits;
-  d["scale"] = book.scale;
-  d["levels"] = std::vector<int>(book.levels, book.levels + book.num_levels);
-  d["midpoints"] = std::vector<float>(book.midpoints, book.midpoints + book.num_levels - 1);
+  d["levels"] = levels;
+  d["midpoints"] = midpoints;
   return d;
 }
 
 using Rows = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
-Rows fake_quantize(const std::string& format, bool is_key, const Rows& x) {
+Rows fake_quantize(const std::string& format, const std::string& side, const Rows& x) {
   if (x.ndim() != 2) {
     throw py::value_error("x has " + std::to_string(x.ndim()) + " dimensions; it must have 2, rows and head_dim");
   }
   Rows out({x.shape(0), x.shape(1)});
-  call(api().fake_quantize, find_format(format).format_id, is_key ? 1 : 0, static_cast<int32_t>(x.shape(1)),
-       static_cast<int64_t>(x.shape(0)), x.data(), out.mutable_data());
+  auto args = sized<TqFakeQuantizeArgs>();
+  args.format_id = find_format(format).format_id;
+  args.side = side_of(side);
+  args.head_dim = static_cast<int32_t>(x.shape(1));
+  args.num_rows = x.shape(0);
+  args.in = x.data();
+  args.out = out.mutable_data();
+  call(api().fake_quantize, &args);
   return out;
 }
 
@@ -111,7 +133,6 @@ TqLayerDesc make_layer(const std::string& format, int num_kv_heads, int head_dim
   layer.head_dim_v = head_dim_v;
   layer.dtype = TQ_DTYPE_F32;
   layer.attention_kind = TQ_ATTENTION_DECODER;
-  layer.kv_sharing_target = -1;
   return layer;
 }
 
@@ -153,7 +174,9 @@ py::dict plan_pages(const std::vector<py::dict>& layers, int block_size, int64_t
     desc.head_dim = static_cast<int32_t>(get("head_dim", 0));
     desc.head_dim_v = static_cast<int32_t>(get("head_dim_v", 0));
     desc.sliding_window = static_cast<int32_t>(get("sliding_window", 0));
-    desc.kv_sharing_target = static_cast<int32_t>(get("kv_sharing_target", -1));
+    const auto target = static_cast<int32_t>(get("kv_sharing_target", -1));
+    desc.shares_pages = target == -1 ? 0 : 1;
+    desc.kv_sharing_target = target == -1 ? 0 : target;
     desc.state_bytes = get("state_bytes", 0);
     descs.push_back(desc);
   }
@@ -265,8 +288,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_id", [] { return std::string(api().build_id()); });
   m.def("formats", &formats, "All KV formats as dictionaries.");
   m.def("format_by_name", [](const std::string& name) { return to_dict(find_format(name)); }, py::arg("name"));
-  m.def("codebook", &codebook, py::arg("format"));
-  m.def("fake_quantize", &fake_quantize, py::arg("format"), py::arg("is_key"), py::arg("x"),
+  m.def("codebook", &codebook, py::arg("format"), py::arg("side"), py::arg("head_dim"), py::arg("group") = 0,
+        "Levels and decision thresholds of a codebook; see TqApi.codebook in tq_backend.h.");
+  m.def("fake_quantize", &fake_quantize, py::arg("format"), py::arg("side"), py::arg("x"),
         "What float32 rows [rows, head_dim] read back as after a store; keys come back unrotated.");
   m.def("kv_cache_spec", &kv_cache_spec, py::arg("format"), py::arg("num_kv_heads"), py::arg("head_dim"),
         py::arg("head_dim_v") = 0);

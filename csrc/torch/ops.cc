@@ -219,7 +219,6 @@ TqLayerDesc make_layer(int64_t format_id, int64_t num_heads, int64_t num_kv_head
   layer.head_dim_v = static_cast<int32_t>(head_dim_v);
   layer.dtype = dtype;
   layer.attention_kind = TQ_ATTENTION_DECODER;
-  layer.kv_sharing_target = -1;
   return layer;
 }
 
@@ -403,6 +402,7 @@ void rotate(Tensor x, Tensor out, int64_t format_id) {
   TqRotateArgs args = {};
   args.struct_size = sizeof(args);
   args.num_heads = static_cast<int32_t>(x.size(1));
+  args.side = TQ_SIDE_KEY;
   args.layer = &layer;
   args.num_tokens = x.size(0);
   args.x = x.data_ptr();
@@ -421,7 +421,7 @@ int64_t workspace_size(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim
                        int64_t num_tokens, int64_t num_seqs, int64_t device_index) {
   const TqLayerDesc layer = make_layer(format_id, num_heads, num_kv_heads, head_dim, head_dim_v, TQ_DTYPE_F32);
   uint64_t bytes = 0;
-  call(api().workspace_size, backend_of(device_index), &layer, num_tokens, num_seqs, &bytes);
+  call(api().workspace_size, backend_of(device_index), &layer, &bytes);
   return static_cast<int64_t>(bytes);
 }
 

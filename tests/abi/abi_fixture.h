@@ -23,6 +23,19 @@ inline TqError make_error() {
   return error;
 }
 
+inline int32_t fake_quantize(uint32_t format_id, TqSide side, int32_t head_dim, int64_t num_rows, const float* in,
+                             float* out, TqError* error = nullptr) {
+  TqFakeQuantizeArgs args = {};
+  args.struct_size = sizeof(args);
+  args.format_id = format_id;
+  args.side = side;
+  args.head_dim = head_dim;
+  args.num_rows = num_rows;
+  args.in = in;
+  args.out = out;
+  return api().fake_quantize(&args, error);
+}
+
 class AbiTest : public ::testing::Test {
  protected:
   static constexpr int kHeads = 4, kKvHeads = 2, kDim = 64, kBlock = 32, kBlocks = 6, kTokens = 40;
@@ -42,7 +55,6 @@ class AbiTest : public ::testing::Test {
     layer.head_dim = kDim;
     layer.dtype = TQ_DTYPE_F32;
     layer.attention_kind = TQ_ATTENTION_DECODER;
-    layer.kv_sharing_target = -1;
 
     page_bytes = int64_t{70} * kKvHeads * kBlock;
     storage.resize(static_cast<size_t>(page_bytes * kBlocks + 64));
@@ -74,7 +86,7 @@ class AbiTest : public ::testing::Test {
     query.resize(3 * kHeads * kDim, 0.25f);
     out.resize(query.size(), -7.0f);
     uint64_t bytes = 0;
-    ASSERT_EQ(api().workspace_size(backend, &layer, 3, 2, &bytes, &error), TQ_OK) << error.message;
+    ASSERT_EQ(api().workspace_size(backend, &layer, &bytes, &error), TQ_OK) << error.message;
     scratch.resize(bytes + 64);
     attend = {};
     attend.struct_size = sizeof(attend);

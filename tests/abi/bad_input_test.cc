@@ -78,6 +78,7 @@ TEST_F(BadInput, Pages) {
 TEST_F(BadInput, Store) {
   expect_store("args.struct_size is 8", [&] { store.struct_size = 8; });
   expect_store("num_tokens is -1", [&] { store.num_tokens = -1; });
+  expect_store("stream is not NULL", [&] { store.stream = this; });
   expect_store("key is NULL", [&] { store.key = nullptr; });
   expect_store("value is NULL", [&] { store.value = nullptr; });
   expect_store("slot_mapping is NULL", [&] { store.slot_mapping = nullptr; });
@@ -90,6 +91,7 @@ TEST_F(BadInput, Store) {
 TEST_F(BadInput, Attend) {
   expect_attend("num_seqs is -1", [&] { attend.num_seqs = -1; });
   expect_attend("num_tokens is -1", [&] { attend.num_tokens = -1; });
+  expect_attend("stream is not NULL", [&] { attend.stream = this; });
   expect_attend("query is NULL", [&] { attend.query = nullptr; });
   expect_attend("out is NULL", [&] { attend.out = nullptr; });
   expect_attend("query_start_loc is NULL", [&] { attend.query_start_loc = nullptr; });
@@ -142,6 +144,7 @@ TEST_F(BadInput, DequantAndRotate) {
     std::copy(tables[3].begin(), tables[3].end(), table);
   };
   expect_dequant("num_seqs is -1", [&] { dequant.num_seqs = -1; });
+  expect_dequant("stream is not NULL", [&] { dequant.stream = &error; });
   expect_dequant("num_tokens is -1", [&] { dequant.num_tokens = -1; });
   expect_dequant("max_blocks_per_seq is -1", [&] { dequant.max_blocks_per_seq = -1; });
   expect_dequant("block_table_stride is 1", [&] { dequant.block_table_stride = 1; });
@@ -166,6 +169,7 @@ TEST_F(BadInput, DequantAndRotate) {
   TqRotateArgs rotate = {};
   rotate.struct_size = sizeof(rotate);
   rotate.num_heads = kHeads;
+  rotate.side = TQ_SIDE_QUERY;
   rotate.layer = &layer;
   rotate.num_tokens = 3;
   rotate.x = query.data();
@@ -183,6 +187,9 @@ TEST_F(BadInput, DequantAndRotate) {
   };
   expect_rotate("num_tokens is -1", [&] { rotate.num_tokens = -1; });
   expect_rotate("num_heads is 0; it must be from 1 to 65536", [&] { rotate.num_heads = 0; });
+  expect_rotate("side is 0; it must be TQ_SIDE_QUERY (1)", [&] { rotate.side = 0; });
+  expect_rotate("side is 5", [&] { rotate.side = 5; });
+  expect_rotate("stream is not NULL; it must be on a CPU backend", [&] { rotate.stream = &error; });
   expect_rotate("x is NULL", [&] { rotate.x = nullptr; });
   expect_rotate("out is NULL", [&] { rotate.out = nullptr; });
   expect_rotate("x_head_stride is 3", [&] { rotate.x_head_stride = 3; });
@@ -201,6 +208,21 @@ TEST_F(BadInput, Copy) {
   copy.num_pairs = 1;
   EXPECT_EQ(api().copy_pages(backend, &copy, &error), TQ_INVALID_ARGUMENT);
   EXPECT_STREQ(error.message, "src_dst[0][1] is block 6; blocks go from 0 to 5");
+  auto expect_pairs = [&](const char* words, std::vector<int64_t> list) {
+    copy.src_dst = list.data();
+    copy.num_pairs = static_cast<int64_t>(list.size() / 2);
+    EXPECT_EQ(api().copy_pages(backend, &copy, &error), words[0] != 0 ? TQ_INVALID_ARGUMENT : TQ_OK) << words;
+    EXPECT_NE(std::string(error.message).find(words), std::string::npos) << error.message;
+  };
+  expect_pairs("src_dst[1][1] is block 2, which src_dst[0] writes too", {0, 2, 1, 2});
+  expect_pairs("src_dst[1][0] is block 2, which src_dst[0] writes; the pairs have no order", {0, 2, 2, 3});
+  expect_pairs("src_dst[0][0] is block 2, which src_dst[1] writes", {2, 3, 0, 2});
+  expect_pairs("", {2, 2, 0, 1});
+  expect_pairs("", {0, 1, 0, 2});
+  expect_pairs("stream is not NULL", [&] {
+    copy.stream = &error;
+    return std::vector<int64_t>{0, 1};
+  }());
 }
 
 TEST_F(BadInput, HostFunctions) {
@@ -211,12 +233,17 @@ TEST_F(BadInput, HostFunctions) {
   EXPECT_NE(std::string(error.message).find("did you mean 'turboquant_4bit_nc'"), std::string::npos) << error.message;
   EXPECT_EQ(api().format_by_name(nullptr, &info, &error), TQ_INVALID_ARGUMENT);
   float x[16] = {};
-  EXPECT_EQ(api().fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, 1, 17, 1, x, x, &error), TQ_INVALID_ARGUMENT);
-  EXPECT_EQ(api().fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, 1, 16, -1, x, x, &error), TQ_INVALID_ARGUMENT);
-  EXPECT_EQ(api().fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, 1, 16, 1, nullptr, x, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_EQ(fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, TQ_SIDE_KEY, 17, 1, x, x, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_EQ(fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, TQ_SIDE_KEY, 16, -1, x, x, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_EQ(fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, TQ_SIDE_KEY, 16, 1, nullptr, x, &error), TQ_INVALID_ARGUMENT);
+  TqCodebookArgs args = {};
+  args.struct_size = sizeof(args);
+  args.format_id = TQ_FORMAT_TURBOQUANT_K8V4;
+  args.side = TQ_SIDE_KEY;
+  args.head_dim = 64;
   TqCodebook book = {};
   book.struct_size = sizeof(book);
-  EXPECT_EQ(api().codebook(TQ_FORMAT_TURBOQUANT_K8V4, &book, &error), TQ_NOT_FOUND);
+  EXPECT_EQ(api().codebook(&args, &book, nullptr, nullptr, 0, &error), TQ_NOT_FOUND);
   EXPECT_EQ(api().query_caps(nullptr, nullptr, &error), TQ_INVALID_ARGUMENT);
   EXPECT_EQ(api().store_kv(nullptr, &store, &error), TQ_INVALID_ARGUMENT);
   EXPECT_EQ(api().attend(nullptr, &attend, nullptr), TQ_INVALID_ARGUMENT) << "no error struct, no crash";

@@ -44,12 +44,12 @@ TEST_F(Calls, EmptySequencesAreSkipped) {
   for (const float x : lse) EXPECT_TRUE(std::isfinite(x) && x != 5.0f);
 }
 
-// A newer caller: its structs are larger than ours, with fields that we do not know.
+// A newer caller: its structs are larger than ours, with fields that we do not know. It does not use them.
 TEST_F(Calls, NewerCaller) {
   struct NewerLayer {
     TqLayerDesc base;
     int64_t from_the_future[4];
-  } newer = {layer, {1, 2, 3, 4}};
+  } newer = {layer, {}};
   newer.base.struct_size = sizeof(newer);
   attend.layer = &newer.base;
   store.layer = &newer.base;
@@ -65,6 +65,9 @@ TEST_F(Calls, NewerCaller) {
   EXPECT_EQ(spec.base.struct_size, sizeof(spec));
   EXPECT_EQ(spec.base.slot_bytes, 70);
   EXPECT_EQ(spec.extra, 42);
+  newer.from_the_future[3] = int64_t{1} << 56;
+  EXPECT_EQ(api().store_kv(backend, &store, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(error.message).find("layer has something at byte 71"), std::string::npos) << error.message;
 }
 
 TEST_F(Calls, SkipLayersAreAlignedAndCounted) {
@@ -101,7 +104,6 @@ TEST_F(Calls, PlannerTakesNativeLayersAndStates) {
     l.struct_size = sizeof(l);
     l.num_kv_heads = 2;
     l.head_dim = 64;
-    l.kv_sharing_target = -1;
   }
   layers[0].format_id = TQ_FORMAT_TURBOQUANT_4BIT_NC;
   layers[0].native_bytes = 2;  // ignored
@@ -138,13 +140,12 @@ TEST_F(Calls, PlannerWalksAnArrayOfLargerStructs) {
   struct Newer {
     TqPlanLayer base;
     int64_t extra;
-  } layers[3] = {{{}, 1}, {{}, 2}, {{}, 3}};
+  } layers[3] = {};
   for (Newer& l : layers) {
     l.base.struct_size = sizeof(Newer);
     l.base.format_id = layer.format_id;
     l.base.num_kv_heads = 2;
     l.base.head_dim = 64;
-    l.base.kv_sharing_target = -1;
   }
   TqPlanRequest request = {};
   request.struct_size = sizeof(request);
@@ -161,6 +162,7 @@ TEST_F(Calls, PlannerWalksAnArrayOfLargerStructs) {
   ASSERT_EQ(api().plan_pages(&request, plan, &count, &summary, &error), TQ_OK) << error.message;
   EXPECT_EQ(summary.bytes_per_block, 3 * 16 * 2 * 70);
   EXPECT_EQ(plan[2].page_bytes, 16 * 2 * 70);
+  layers[1].base.shares_pages = 1;
   layers[1].base.kv_sharing_target = 9;
   EXPECT_EQ(api().plan_pages(&request, plan, &count, &summary, &error), TQ_INVALID_ARGUMENT);
   EXPECT_NE(std::string(error.message).find("layers[1].kv_sharing_target is 9"), std::string::npos);
@@ -212,10 +214,9 @@ TEST_F(Calls, DequantMatchesFakeQuantize) {
   args.key_out = k.data();
   args.value_out = v.data();
   ASSERT_EQ(api().dequant_kv(backend, &args, nullptr), TQ_OK);
-  ASSERT_EQ(api().fake_quantize(layer.format_id, 1, kDim, kTokens * kKvHeads, key.data(), want.data(), nullptr), TQ_OK);
+  ASSERT_EQ(fake_quantize(layer.format_id, TQ_SIDE_KEY, kDim, kTokens * kKvHeads, key.data(), want.data()), TQ_OK);
   for (size_t i = 0; i < k.size(); ++i) ASSERT_NEAR(k[i], want[i], 1e-5);
-  ASSERT_EQ(api().fake_quantize(layer.format_id, 0, kDim, kTokens * kKvHeads, value.data(), want.data(), nullptr),
-            TQ_OK);
+  ASSERT_EQ(fake_quantize(layer.format_id, TQ_SIDE_VALUE, kDim, kTokens * kKvHeads, value.data(), want.data()), TQ_OK);
   for (size_t i = 0; i < v.size(); ++i) ASSERT_NEAR(v[i], want[i], 1e-5);
 
   // Rotated keys are what rotate makes of them; of a format without rotation, both leave keys as they are.
@@ -226,6 +227,7 @@ TEST_F(Calls, DequantMatchesFakeQuantize) {
   TqRotateArgs turn = {};
   turn.struct_size = sizeof(turn);
   turn.num_heads = kKvHeads;
+  turn.side = TQ_SIDE_KEY;
   turn.layer = &layer;
   turn.num_tokens = kTokens;
   turn.x = k.data();

@@ -97,7 +97,7 @@ class HipCalls : public AbiTest {
     TqError error = make_error();
     ASSERT_EQ(api().create_backend(&options, &hip, &error), TQ_OK) << error.message;
     uint64_t bytes = 0;
-    ASSERT_EQ(api().workspace_size(hip, &layer, 3, 2, &bytes, &error), TQ_OK) << error.message;
+    ASSERT_EQ(api().workspace_size(hip, &layer, &bytes, &error), TQ_OK) << error.message;
     scratch.resize(bytes + 64);
     attend.workspace = aligned(scratch);
     attend.workspace_bytes = bytes;
@@ -165,7 +165,7 @@ TEST_F(HipCalls, TestFormatsAreRefused) {
   layer.format_id = TQ_FORMAT_RAW_F32;
   TqError error = make_error();
   uint64_t bytes = 0;
-  EXPECT_EQ(api().workspace_size(hip, &layer, 3, 2, &bytes, &error), TQ_UNIMPLEMENTED);
+  EXPECT_EQ(api().workspace_size(hip, &layer, &bytes, &error), TQ_UNIMPLEMENTED);
   EXPECT_NE(std::string(error.message).find("the HIP kernels serve the turboquant_* presets"), std::string::npos);
 }
 

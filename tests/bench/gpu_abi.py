@@ -20,6 +20,7 @@ ABI_MAJOR = 1
 DEVICE_KINDS = {"cpu": 1, "cuda": 2}
 DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 DECODER = 1
+SIDE_KEY, SIDE_VALUE = 2, 3
 
 
 class TqFailure(RuntimeError):
@@ -44,6 +45,7 @@ class FormatInfo(Sized):
         ("key_bits", c_int32),
         ("value_bits", c_int32),
         ("test_only", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -58,7 +60,6 @@ class LayerDesc(Sized):
         ("attention_kind", c_int32),
         ("sliding_window", c_int32),
         ("soft_cap", c_float),
-        ("kv_sharing_target", c_int32),
     ]
 
 
@@ -174,6 +175,8 @@ class DequantKvArgs(Sized):
 class RotateArgs(Sized):
     _fields_ = [
         ("num_heads", c_int32),
+        ("side", c_int32),
+        ("reserved", c_int32),
         ("layer", POINTER(LayerDesc)),
         ("num_tokens", c_int64),
         ("x", c_void_p),
@@ -183,6 +186,17 @@ class RotateArgs(Sized):
         ("out_token_stride", c_int64),
         ("out_head_stride", c_int64),
         ("stream", c_void_p),
+    ]
+
+
+class FakeQuantizeArgs(Sized):
+    _fields_ = [
+        ("format_id", c_uint32),
+        ("side", c_int32),
+        ("head_dim", c_int32),
+        ("num_rows", c_int64),
+        ("in_", c_void_p),
+        ("out", c_void_p),
     ]
 
 
@@ -201,12 +215,10 @@ class Api(Sized):
         ("list_formats", c_void_p),
         ("format_by_name", _function(c_int32, c_char_p, POINTER(FormatInfo), POINTER(Error))),
         ("codebook", c_void_p),
-        (
-            "fake_quantize",
-            _function(c_int32, c_uint32, c_int32, c_int32, c_int64, c_void_p, c_void_p, POINTER(Error)),
-        ),
+        ("fake_quantize", _function(c_int32, POINTER(FakeQuantizeArgs), POINTER(Error))),
         ("kv_cache_spec", _function(c_int32, POINTER(LayerDesc), POINTER(KvCacheSpec), POINTER(Error))),
         ("plan_pages", c_void_p),
+        ("align_skip_layers", c_void_p),
         ("list_libraries", c_void_p),
         ("create_backend", _function(c_int32, POINTER(BackendOptions), POINTER(c_void_p), POINTER(Error))),
         ("destroy_backend", c_void_p),
@@ -216,14 +228,13 @@ class Api(Sized):
         ("unmet_reason", c_void_p),
         (
             "workspace_size",
-            _function(c_int32, c_void_p, POINTER(LayerDesc), c_int64, c_int64, POINTER(c_uint64), POINTER(Error)),
+            _function(c_int32, c_void_p, POINTER(LayerDesc), POINTER(c_uint64), POINTER(Error)),
         ),
         ("store_kv", _function(c_int32, c_void_p, POINTER(StoreKvArgs), POINTER(Error))),
         ("attend", _function(c_int32, c_void_p, POINTER(AttendArgs), POINTER(Error))),
         ("dequant_kv", _function(c_int32, c_void_p, POINTER(DequantKvArgs), POINTER(Error))),
         ("copy_pages", c_void_p),
         ("rotate", _function(c_int32, c_void_p, POINTER(RotateArgs), POINTER(Error))),
-        ("align_skip_layers", c_void_p),
     ]
 
 
@@ -272,7 +283,7 @@ class Backend:
         return LayerDesc(
             format_id=self.format_id(layer.format), num_heads=layer.heads, num_kv_heads=layer.kv_heads,
             head_dim=layer.dim, head_dim_v=layer.dim, dtype=DTYPES[dtype], attention_kind=DECODER,
-            sliding_window=layer.window, kv_sharing_target=-1,
+            sliding_window=layer.window,
         )  # fmt: skip
 
     def slot_bytes(self, layer: Layer) -> int:
@@ -280,10 +291,10 @@ class Backend:
         self._call("kv_cache_spec", ctypes.byref(self._desc(layer, torch.bfloat16)), ctypes.byref(spec))
         return spec.slot_bytes
 
-    def workspace_size(self, layer: Layer, num_tokens: int, num_seqs: int) -> int:
+    def workspace_size(self, layer: Layer) -> int:
         size = c_uint64()
         desc = self._desc(layer, torch.bfloat16)
-        self._call("workspace_size", self._handle, ctypes.byref(desc), num_tokens, num_seqs, ctypes.byref(size))
+        self._call("workspace_size", self._handle, ctypes.byref(desc), ctypes.byref(size))
         return size.value
 
     def _pages(self, layer: Layer, pool: torch.Tensor, block_size: int) -> Pages:
@@ -364,7 +375,7 @@ class Backend:
     def rotate(self, layer: Layer, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
         """x, out: [tokens, any number of heads, dim]."""
         args = RotateArgs(
-            num_heads=x.shape[1], layer=ctypes.pointer(self._desc(layer, x.dtype)), num_tokens=len(x), x=x.data_ptr(),
+            num_heads=x.shape[1], side=SIDE_KEY, layer=ctypes.pointer(self._desc(layer, x.dtype)), num_tokens=len(x), x=x.data_ptr(),
             x_token_stride=x.stride(0), x_head_stride=x.stride(1), out=out.data_ptr(), out_token_stride=out.stride(0),
             out_head_stride=out.stride(1),
         )  # fmt: skip
@@ -374,6 +385,9 @@ class Backend:
         """The host reference codec: what float rows [n, dim] read back as."""
         rows = rows.float().cpu().contiguous()
         out = torch.empty_like(rows)
-        where = (self.format_id(layer.format), int(is_key), layer.dim, len(rows), rows.data_ptr(), out.data_ptr())
-        self._call("fake_quantize", *where)
+        args = FakeQuantizeArgs(
+            format_id=self.format_id(layer.format), side=SIDE_KEY if is_key else SIDE_VALUE, head_dim=layer.dim,
+            num_rows=len(rows), in_=rows.data_ptr(), out=out.data_ptr(),
+        )  # fmt: skip
+        self._call("fake_quantize", ctypes.byref(args))
         return out

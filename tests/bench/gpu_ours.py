@@ -85,7 +85,7 @@ class Ours:
         return pool
 
     def workspace(self, layer: Layer, num_tokens: int, num_seqs: int) -> torch.Tensor:
-        size = max(64, self.backend.workspace_size(layer, num_tokens, num_seqs))
+        size = max(64, self.backend.workspace_size(layer))
         if self._workspace.numel() < size:
             self._workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
         return self._workspace[:size]

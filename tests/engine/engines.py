@@ -48,7 +48,7 @@ def raw_pages() -> Iterator[None]:
 
 def through_codec(kv_format: str, x: torch.Tensor, is_key: bool) -> torch.Tensor:
     """What the host reference codec makes of [tokens, heads, head_dim]."""
-    rows = native().fake_quantize(kv_format, is_key, x.float().reshape(-1, x.shape[-1]).numpy())
+    rows = native().fake_quantize(kv_format, "key" if is_key else "value", x.float().reshape(-1, x.shape[-1]).numpy())
     return torch.from_numpy(rows).reshape(x.shape).to(x.dtype)
 
 

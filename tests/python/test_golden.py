@@ -58,7 +58,7 @@ def test_values(golden, preset):
     codes = unpack(packed[..., :-4], value_bits, dim)
     want = codes * fp16(packed[..., -4:-2])[..., None] + fp16(packed[..., -2:])[..., None]
     value = bf16(data["value"])
-    ours = native().fake_quantize(preset, False, value.reshape(-1, dim)).reshape(value.shape)
+    ours = native().fake_quantize(preset, "value", value.reshape(-1, dim)).reshape(value.shape)
     # The same arithmetic, so equal to float32 rounding, but for ties: bf16 values often lie exactly between two codes, and the
     # GPU's division is not correctly rounded.
     low, high = value.min(-1, keepdims=True), value.max(-1, keepdims=True)
@@ -74,7 +74,7 @@ def test_fp8_keys(golden):
     dim, data = golden
     slots = slots_of(data, "turboquant_k8v4")
     key = bf16(data["key"])
-    ours = native().fake_quantize("turboquant_k8v4", True, key.reshape(-1, dim)).reshape(key.shape)
+    ours = native().fake_quantize("turboquant_k8v4", "key", key.reshape(-1, dim)).reshape(key.shape)
     assert (ours == e4m3(slots[..., :dim])).all()
 
 
@@ -93,9 +93,9 @@ def test_lloyd_max_keys(golden, preset):
     want = (norm[..., None] * direction) @ data["rotation"].astype(np.float64)
 
     key = bf16(data["key"])
-    ours = native().fake_quantize(preset, True, key.reshape(-1, dim)).reshape(key.shape).astype(np.float64)
-    book = native().codebook(preset)
-    table = np.array(book["levels"]) / book["scale"] / np.sqrt(dim)
+    ours = native().fake_quantize(preset, "key", key.reshape(-1, dim)).reshape(key.shape).astype(np.float64)
+    book = native().codebook(preset, "key", dim)
+    table = np.array(book["levels"]) / np.sqrt(dim)
     shift = np.abs(table - centroids).max() * np.sqrt(dim)  # in units of the coordinate's standard deviation
     near = np.diff(table).max() * np.sqrt(dim)
     # A vector of dim coordinates, each off by at most `shift` (and a few by one level), relative to its norm sqrt(dim).

@@ -1,16 +1,59 @@
 /* tq_backend.h - the public C ABI of tq-backend: TurboQuant KV caches for any inference engine.
  *
- * C11, self-contained, append-only. A foreign engine needs this header and libtq_backend.so, nothing else.
+ * C11, self-contained, append-only. A foreign engine needs this header and libtq_backend.so, nothing else;
+ * examples/c_engine is a whole one. What lies in a page, byte by byte, is in docs/page_format.md.
  *
- * Rules (after the PJRT C API and ONNX Runtime):
- *  - Two symbols are exported, tq_abi_version() and tq_get_api(); they never change.
- *  - Every struct begins with struct_size, set by the caller to the sizeof it was compiled with. Fields are only ever
- *    appended. The library reads no field that lies beyond the caller's struct_size and takes zero for it.
- *  - No C++ type, exception or allocation crosses the boundary. The caller owns all memory.
+ * In one minute: tq_get_api() gives a table of functions. plan_pages says how large pages are and how many fit.
+ * create_backend chooses the kernels of a device. check_layer says at start-up whether a layer is served. Then each
+ * step calls store_kv, which compresses new keys and values into pages, and attend, which reads the pages.
+ *
+ * Growth (after the PJRT C API and ONNX Runtime)
+ *  - Two symbols are exported, tq_abi_version() and tq_get_api(); they never change. Within a major version functions
+ * and fields are only ever appended, so a caller and a library of different minor versions work together.
+ *  - Every struct begins with struct_size, set by the caller to the sizeof it was compiled with, in every element of an
+ *    array too. The library steps through arrays by it. TQ_..._SIZE_1_0 is what header 1.0 had, and the least that is
+ *    taken.
+ *  - Structs that the library reads: set what is not used to zero. Zero is the default of every field that will be
+ *    appended. `reserved` fields, and bytes beyond those that the library knows, must be zero: a library that does not
+ *    know a field refuses it rather than ignore it.
+ *  - Structs that the library fills: only struct_size is read; the rest may be uninitialised. Fields of a newer header
+ *    than the library's are left alone.
+ *  - A function of a newer header than the library's is not there: test TQ_API_HAS(api, function) before the call.
+ *
+ * Errors
  *  - Functions return a TqCode; with a non-zero code *error (if not NULL) holds one sentence that names the argument,
  *    what came and what is allowed. Nothing has been written to any other output then.
- *  - Kernels are enqueued on the caller's stream (NULL on a CPU, where a call returns when the work is done).
- *  - A backend is immutable after create_backend and may be used from several threads at once.
+ *  - No C++ type, exception or allocation crosses the boundary.
+ *  - Lengths, slots and block numbers in tables are checked on a CPU. A GPU's tables cannot be read without waiting for
+ *    the device and are not checked there: a slot beyond the pages is skipped, a wrong block or length reads memory
+ * that is not the cache's.
+ *
+ * Memory
+ *  - The caller owns all of it. The structs themselves are host memory and are read before a call returns.
+ *  - On a GPU backend every other pointer that store_kv, attend, dequant_kv, copy_pages and rotate are given (tensors,
+ *    tables, TqPages.data, workspace) is memory of the backend's device, or host memory that the device can address. On
+ *    a CPU backend it is host memory. All pointers of the planner, the codec and the formats are host memory.
+ *  - Tensors and tables are aligned to their elements; 16 bytes for base and strides make loads of 16-bit dtypes wide.
+ *    TqPages.data is aligned to TqKvCacheSpec.alignment, a workspace to 64 bytes.
+ *  - A workspace must be all zero before its first use, and between two uses nothing else may write to it: its head
+ * holds counters that each call leaves at zero. After a launch that failed, zero it again. It may serve any layers of
+ * one backend, one call at a time: calls that may overlap (other streams, other threads) need workspaces of their own.
+ *
+ * Streams
+ *  - GPU backends enqueue on `stream`, a cudaStream_t or hipStream_t, and return; NULL is the device's legacy default
+ *    stream. Nothing waits for the device, except with TQ_SYNC=1 in the environment, which is for finding faults. On a
+ *    CPU backend stream must be NULL, and a call returns when its work is done.
+ *  - Calls may be captured in a CUDA or HIP graph. A replay reads the tables as they are then; what the structs say
+ *    (num_seqs, num_tokens, max_query_len) is fixed by the capture. Call each function once for each layer before the
+ *    first capture: a first call may raise a limit of its kernel.
+ *
+ * Threads and processes
+ *  - Every function may be called from several threads at the same time, with the same backend too, except that
+ *    destroy_backend must not overlap other calls with its backend. A backend is immutable after create_backend.
+ *  - destroy_backend does not wait. Work that was enqueued before goes on, as it uses only the caller's memory; kernel
+ *    libraries are never unloaded.
+ *  - After fork() a child may go on with CPU backends of its parent. A GPU backend is of no use in a child, as its
+ * device is not: the child makes its own, if the parent had not used the device.
  *
  * Source of the method: TurboQuant, arXiv 2504.19874; bytes per token and math of the presets follow vLLM 0.32
  * (vllm/model_executor/layers/quantization/turboquant and v1/attention/ops/triton_turboquant_store.py).
@@ -45,8 +88,12 @@ typedef struct TqError {
   int32_t code;      /* TqCode */
   char message[512]; /* one sentence, zero-terminated */
 } TqError;
+#define TQ_ERROR_SIZE_1_0 520
 
 typedef enum TqDtype { TQ_DTYPE_F32 = 1, TQ_DTYPE_F16 = 2, TQ_DTYPE_BF16 = 3 } TqDtype;
+
+/* Which of a layer's vectors: a format may store, and rotate, each in its own way. */
+typedef enum TqSide { TQ_SIDE_QUERY = 1, TQ_SIDE_KEY = 2, TQ_SIDE_VALUE = 3, TQ_SIDE_OUTPUT = 4 } TqSide;
 
 /* AUTO, in create_backend: the usable kernel library with the highest score, see TqLibraryInfo. */
 typedef enum TqDeviceKind { TQ_DEVICE_AUTO = 0, TQ_DEVICE_CPU = 1, TQ_DEVICE_CUDA = 2, TQ_DEVICE_HIP = 3 } TqDeviceKind;
@@ -75,33 +122,58 @@ typedef struct TqFormatInfo {
   int32_t key_bits;
   int32_t value_bits;
   int32_t test_only;
+  int32_t reserved;
 } TqFormatInfo;
+#define TQ_FORMAT_INFO_SIZE_1_0 56
 
-/* The codebook of Lloyd-Max keys: level i decodes to levels[i] / scale in units of the rotated key's standard
- * deviation, and midpoints are the decision thresholds in the same unit (a value equal to a midpoint goes up). */
+/* Which codebook: a format may have one for keys and one for values, and others for other groups of dimensions. */
+typedef struct TqCodebookArgs {
+  uint32_t struct_size;
+  uint32_t format_id;
+  int32_t side;     /* TQ_SIDE_KEY or TQ_SIDE_VALUE */
+  int32_t head_dim; /* a multiple of 16 in [16, 512] */
+  int32_t group;    /* of dimensions, from 0 */
+  int32_t reserved;
+} TqCodebookArgs;
+#define TQ_CODEBOOK_ARGS_SIZE_1_0 24
+
 typedef struct TqCodebook {
   uint32_t struct_size;
+  int32_t num_groups; /* of dimensions; 1 for the presets */
+  int32_t first_dim;  /* this group is dimensions [first_dim, first_dim + num_dims) of the stored, rotated vector */
+  int32_t num_dims;
   int32_t bits;
   int32_t num_levels;
-  float scale;
-  int32_t levels[16];
-  float midpoints[15];
 } TqCodebook;
+#define TQ_CODEBOOK_SIZE_1_0 24
+
+/* The host reference codec: what a stored vector reads back as. in, out: [num_rows, head_dim] float, contiguous; the
+ * same memory, or no overlap. Keys come back unrotated. */
+typedef struct TqFakeQuantizeArgs {
+  uint32_t struct_size;
+  uint32_t format_id;
+  int32_t side;     /* TQ_SIDE_KEY or TQ_SIDE_VALUE */
+  int32_t head_dim; /* a multiple of 16 in [16, 512] */
+  int64_t num_rows;
+  const float* in;
+  float* out;
+} TqFakeQuantizeArgs;
+#define TQ_FAKE_QUANTIZE_ARGS_SIZE_1_0 40
 
 /* One attention layer, as far as its KV cache and its attention math go. */
 typedef struct TqLayerDesc {
   uint32_t struct_size;
-  uint32_t format_id;        /* TqFormatId */
-  int32_t num_heads;         /* query heads; a multiple of num_kv_heads */
-  int32_t num_kv_heads;      /* >= 1 */
-  int32_t head_dim;          /* of Q and K: a multiple of 16 in [16, 512] */
-  int32_t head_dim_v;        /* of V and the output: same range; 0 means head_dim */
-  int32_t dtype;             /* TqDtype of Q, K, V and the output */
-  int32_t attention_kind;    /* TqAttentionKind */
-  int32_t sliding_window;    /* a query at position i sees positions (i - sliding_window, i]; 0: no window */
-  float soft_cap;            /* scores become soft_cap * tanh(score / soft_cap); 0: none */
-  int32_t kv_sharing_target; /* index of the layer whose pages this one reads, or -1 */
+  uint32_t format_id;     /* TqFormatId */
+  int32_t num_heads;      /* query heads; a multiple of num_kv_heads */
+  int32_t num_kv_heads;   /* >= 1 */
+  int32_t head_dim;       /* of Q and K: a multiple of 16 in [16, 512] */
+  int32_t head_dim_v;     /* of V and the output: same range; 0 means head_dim */
+  int32_t dtype;          /* TqDtype of Q, K, V and the output */
+  int32_t attention_kind; /* TqAttentionKind */
+  int32_t sliding_window; /* a query at position i sees positions (i - sliding_window, i]; 0: no window */
+  float soft_cap;         /* scores become soft_cap * tanh(score / soft_cap); 0: none */
 } TqLayerDesc;
+#define TQ_LAYER_DESC_SIZE_1_0 40
 
 typedef struct TqKvCacheSpec {
   uint32_t struct_size;
@@ -112,6 +184,7 @@ typedef struct TqKvCacheSpec {
   int32_t reserved;
   int64_t bytes_per_token; /* slot_bytes * num_kv_heads */
 } TqKvCacheSpec;
+#define TQ_KV_CACHE_SPEC_SIZE_1_0 32
 
 /* How pages of several sizes come to share one pool of blocks. */
 typedef enum TqPlanStrategy {
@@ -121,7 +194,8 @@ typedef enum TqPlanStrategy {
   TQ_PLAN_PADDED_PAGES = 4  /* block sizes make them nearly equal, the rest is padding */
 } TqPlanStrategy;
 
-/* One layer as the planner sees it: compressed, in the engine's native cache, or a recurrent state. */
+/* One layer as the planner sees it: compressed, in the engine's native cache, or a recurrent state, of which only its
+ * bytes and its sharing are read. */
 typedef struct TqPlanLayer {
   uint32_t struct_size;
   uint32_t format_id;        /* TqFormatId, or 0 for the native cache */
@@ -130,9 +204,12 @@ typedef struct TqPlanLayer {
   int32_t head_dim;          /* compressed: as TqLayerDesc's */
   int32_t head_dim_v;        /* 0 means head_dim */
   int32_t sliding_window;    /* tokens; 0: full attention */
-  int32_t kv_sharing_target; /* index of the layer whose pages this one reads, or -1 */
-  int64_t state_bytes; /* > 0: a state of so many bytes per sequence (Mamba, GDN); all but the target is ignored */
+  int32_t shares_pages;      /* 1: this layer reads the pages of layer kv_sharing_target; 0: it has its own */
+  int32_t kv_sharing_target; /* index of that layer, which has pages of its own; 0 without shares_pages */
+  int32_t reserved;
+  int64_t state_bytes; /* > 0: a state (Mamba, GDN) of so many bytes per sequence */
 } TqPlanLayer;
+#define TQ_PLAN_LAYER_SIZE_1_0 48
 
 typedef struct TqPagePlan { /* of one layer */
   uint32_t struct_size;
@@ -142,6 +219,7 @@ typedef struct TqPagePlan { /* of one layer */
   int64_t page_bytes;    /* 0 for a layer that reads another layer's pages */
   int64_t padding_bytes; /* of page_bytes, unused */
 } TqPagePlan;
+#define TQ_PAGE_PLAN_SIZE_1_0 32
 
 typedef struct TqPlanRequest {
   uint32_t struct_size;
@@ -156,6 +234,7 @@ typedef struct TqPlanRequest {
   int32_t side_by_side;         /* 1: the block may be the outermost dimension of the cache, in all layers' kernels */
   int32_t reserved;
 } TqPlanRequest;
+#define TQ_PLAN_REQUEST_SIZE_1_0 64
 
 typedef struct TqPlanSummary {
   uint32_t struct_size;
@@ -169,16 +248,18 @@ typedef struct TqPlanSummary {
   int64_t waste_bytes;         /* in those blocks: padding, and what groups narrower than the widest leave */
   int64_t longest_sequence;    /* <= max_model_len, beside the one block that engines keep back */
 } TqPlanSummary;
+#define TQ_PLAN_SUMMARY_SIZE_1_0 64
 
 /* Which layers keep the engine's own cache format. */
 typedef struct TqSkipRequest {
   uint32_t struct_size;
   int32_t boundary_layers;           /* so many first and last layers are skipped (vLLM's rule is 2); 0: none */
-  const int32_t* kv_sharing_targets; /* [num_layers], as TqLayerDesc.kv_sharing_target */
+  const int32_t* kv_sharing_targets; /* [num_layers]: the layer whose pages each reads, -1: its own; NULL: all own */
   int64_t num_layers;
   const int32_t* skip_layers; /* [num_skip_layers] layer numbers, or NULL if there are none */
   int64_t num_skip_layers;
 } TqSkipRequest;
+#define TQ_SKIP_REQUEST_SIZE_1_0 40
 
 /* A caller's thread pool: run(context, n, task, arg) calls task(arg, i) once for each i in [0, n), on up to
  * num_threads threads, and returns when all are done. */
@@ -188,15 +269,17 @@ typedef struct TqParallelFor {
   void* context;
   void (*run)(void* context, int64_t num_tasks, void (*task)(void* arg, int64_t index), void* arg);
 } TqParallelFor;
+#define TQ_PARALLEL_FOR_SIZE_1_0 24
 
 typedef struct TqBackendOptions {
   uint32_t struct_size;
-  int32_t device_kind; /* TqDeviceKind */
-  int32_t device_index;
+  int32_t device_kind;  /* TqDeviceKind */
+  int32_t device_index; /* 0 on a CPU */
   int32_t reserved;
   const char* kernels_dir;           /* folder of libtq_kernels_*.so; NULL: $TQ_KERNELS_DIR, else this library's own */
   const TqParallelFor* parallel_for; /* CPU only; NULL: a pool of the library's own, one thread per usable core */
 } TqBackendOptions;
+#define TQ_BACKEND_OPTIONS_SIZE_1_0 32
 
 typedef struct TqBackend TqBackend; /* opaque */
 
@@ -207,6 +290,7 @@ typedef struct TqCaps {
   char build_id[64];    /* of the kernel library; equals the one of libtq_backend.so */
   char device_name[64]; /* for a CPU: the instruction set that the dispatcher chose */
 } TqCaps;
+#define TQ_CAPS_SIZE_1_0 392
 
 /* What a kernel library is, found or not: one row per kind, whether or not it can be used here. */
 typedef struct TqLibraryInfo {
@@ -219,6 +303,7 @@ typedef struct TqLibraryInfo {
   char build_id[64]; /* empty if it could not be opened */
   char reason[256];  /* one sentence: why it is usable or not */
 } TqLibraryInfo;
+#define TQ_LIBRARY_INFO_SIZE_1_0 592
 
 /* Monotonic counts of what one backend has done since it was created. */
 typedef struct TqCounters {
@@ -230,9 +315,11 @@ typedef struct TqCounters {
   uint64_t query_tokens;        /* that attend was asked for */
   uint64_t compressed_kv_reads; /* sum over query tokens of the KV tokens it attended, each read from a page */
 } TqCounters;
+#define TQ_COUNTERS_SIZE_1_0 48
 
 /* The paged cache of one layer. A page holds block_size tokens of all KV heads: page_bytes = slot_bytes * num_kv_heads
- * * block_size, contiguous; page b starts at data + b * block_stride_bytes. Inside, the order is csrc/layout's. */
+ * * block_size, contiguous; page b starts at data + b * block_stride_bytes. Inside, the order is that of
+ * docs/page_format.md, and format_id is its version. */
 typedef struct TqPages {
   uint32_t struct_size;
   uint32_t format_id; /* that the pages were written with; must equal the layer's */
@@ -242,6 +329,7 @@ typedef struct TqPages {
   int32_t block_size;
   int32_t reserved;
 } TqPages;
+#define TQ_PAGES_SIZE_1_0 40
 
 /* Compress num_tokens keys and values into pages. key: [num_tokens, num_kv_heads, head_dim], value: [..., head_dim_v],
  * dtype of the layer, innermost dimension contiguous, strides in elements. slot_mapping: [num_tokens], slot = block *
@@ -262,6 +350,7 @@ typedef struct TqStoreKvArgs {
   const int64_t* slot_mapping;
   void* stream;
 } TqStoreKvArgs;
+#define TQ_STORE_KV_ARGS_SIZE_1_0 96
 
 /* Attention of num_seqs ragged sequences over pages: decode, multi-token verify and chunked prefill are one operation
  * at different query lengths. Sequence s owns query rows [query_start_loc[s], query_start_loc[s+1]), which are the last
@@ -301,6 +390,7 @@ typedef struct TqAttendArgs {
   int32_t max_spans;
   int32_t reserved;
 } TqAttendArgs;
+#define TQ_ATTEND_ARGS_SIZE_1_0 192
 
 /* Decode ranges of tokens of several sequences, one behind the other. Sequence s owns rows [token_start_loc[s],
  * token_start_loc[s+1]) of the outputs; its first token_counts[s] rows (all, if token_counts is NULL) become its tokens
@@ -324,14 +414,18 @@ typedef struct TqDequantKvArgs {
   void* value_out;
   void* stream;
 } TqDequantKvArgs;
+#define TQ_DEQUANT_KV_ARGS_SIZE_1_0 104
 
-/* out <- x rotated as the layer's keys are before they are quantized, a copy where its format does not rotate keys. The
- * rotation is orthonormal, so rotated queries give on rotated keys the scores that queries give on keys. x, out:
- * [num_tokens, num_heads, head_dim], dtype of the layer, innermost dimension contiguous, strides in elements; they may
- * be the same memory with the same strides, and must not overlap otherwise. */
+/* out <- x taken into the space that the layer's pages hold: queries and keys are rotated as keys are before they are
+ * quantized, so that the score of a rotated query with a rotated key is that of the query with the key. Values and
+ * outputs of the presets, and keys of formats that do not rotate, are copied. x, out: [num_tokens, num_heads, head_dim]
+ * (head_dim_v for values and outputs), dtype of the layer, innermost dimension contiguous, strides in elements; they
+ * may be the same memory with the same strides, and must not overlap otherwise. */
 typedef struct TqRotateArgs {
   uint32_t struct_size;
-  int32_t num_heads; /* of x and out: any number >= 1, the layer's queries or keys */
+  int32_t num_heads; /* of x and out: any number from 1 to 65536 */
+  int32_t side;      /* TqSide of x */
+  int32_t reserved;
   const TqLayerDesc* layer;
   int64_t num_tokens;
   const void* x;
@@ -342,7 +436,11 @@ typedef struct TqRotateArgs {
   int64_t out_head_stride;
   void* stream;
 } TqRotateArgs;
+#define TQ_ROTATE_ARGS_SIZE_1_0 88
 
+/* Pages src_dst[i][0] are copied to src_dst[i][1]. The pairs have no order: a block that one pair writes must not occur
+ * in another pair (on a CPU an error; on a GPU that block's content is then undefined). A pair of one block with itself
+ * does nothing. */
 typedef struct TqCopyPagesArgs {
   uint32_t struct_size;
   uint32_t reserved;
@@ -352,6 +450,7 @@ typedef struct TqCopyPagesArgs {
   int64_t num_pairs;
   void* stream;
 } TqCopyPagesArgs;
+#define TQ_COPY_PAGES_ARGS_SIZE_1_0 48
 
 typedef struct TqApi {
   uint32_t struct_size;
@@ -363,27 +462,32 @@ typedef struct TqApi {
   const char* (*build_id)(void);
 
   /* Formats. list_formats: *count holds the capacity of out on entry and the number of formats on return; out may be
-   * NULL. format_by_name: an unknown name gives TQ_NOT_FOUND and names the nearest. */
+   * NULL. format_by_name: an unknown name gives TQ_NOT_FOUND and names a similar one, if there is one. */
   int32_t (*list_formats)(TqFormatInfo* out, int64_t* count, TqError* error);
   int32_t (*format_by_name)(const char* name, TqFormatInfo* out, TqError* error);
-  int32_t (*codebook)(uint32_t format_id, TqCodebook* out, TqError* error);
 
-  /* Host reference codec: what a stored vector reads back as. in, out: [num_rows, head_dim] float, contiguous. is_key:
-   * 1 for the key codec (keys come back unrotated), 0 for the value codec. */
-  int32_t (*fake_quantize)(uint32_t format_id, int32_t is_key, int32_t head_dim, int64_t num_rows, const float* in,
-                           float* out, TqError* error);
+  /* The codebook of a side whose codes are indices of one (others give TQ_NOT_FOUND): code i decodes to levels[i] in
+   * units of the rotated vector's norm divided by sqrt(head_dim), and midpoints are the decision thresholds in the same
+   * unit (a value equal to a midpoint goes up). levels: [num_levels] and midpoints: [num_levels - 1] ascend; both have
+   * room for `capacity` floats, or are NULL. */
+  int32_t (*codebook)(const TqCodebookArgs* args, TqCodebook* out, float* levels, float* midpoints, int64_t capacity,
+                      TqError* error);
+  int32_t (*fake_quantize)(const TqFakeQuantizeArgs* args, TqError* error);
 
-  /* Planner: host arithmetic, no device. plan_pages fills one TqPagePlan per layer; *count is capacity in, number out.
-   */
+  /* Planner: host arithmetic, no device. plan_pages fills one TqPagePlan per layer; *count is capacity in, number out;
+   * out may be NULL. */
   int32_t (*kv_cache_spec)(const TqLayerDesc* layer, TqKvCacheSpec* out, TqError* error);
   int32_t (*plan_pages)(const TqPlanRequest* request, TqPagePlan* out, int64_t* count, TqPlanSummary* summary,
                         TqError* error);
+  /* The layers to skip such that those which share pages are all skipped or none is. out receives ascending layer
+   * numbers; *count is capacity in (num_layers is always enough), number out; out may be NULL. */
+  int32_t (*align_skip_layers)(const TqSkipRequest* request, int32_t* out, int64_t* count, TqError* error);
 
   /* Backends. list_libraries: one row per kernel library kind, same count convention; never fails on a missing library.
-   */
+   * kernels_dir as in TqBackendOptions. */
   int32_t (*list_libraries)(const char* kernels_dir, TqLibraryInfo* out, int64_t* count, TqError* error);
   int32_t (*create_backend)(const TqBackendOptions* options, TqBackend** out, TqError* error);
-  void (*destroy_backend)(TqBackend* backend);
+  void (*destroy_backend)(TqBackend* backend); /* NULL does nothing */
   int32_t (*query_caps)(const TqBackend* backend, TqCaps* out, TqError* error);
   int32_t (*query_counters)(const TqBackend* backend, TqCounters* out, TqError* error);
 
@@ -392,19 +496,19 @@ typedef struct TqApi {
   int32_t (*check_layer)(const TqBackend* backend, const TqLayerDesc* layer, uint64_t* unmet, TqError* error);
   const char* (*unmet_reason)(int32_t bit);
 
-  /* Bytes that attend needs for any call with at most num_tokens query tokens in at most num_seqs sequences. */
-  int32_t (*workspace_size)(const TqBackend* backend, const TqLayerDesc* layer, int64_t num_tokens, int64_t num_seqs,
-                            uint64_t* bytes, TqError* error);
+  /* Bytes of workspace that attend needs for the layer, whatever the batch. */
+  int32_t (*workspace_size)(const TqBackend* backend, const TqLayerDesc* layer, uint64_t* bytes, TqError* error);
   int32_t (*store_kv)(TqBackend* backend, const TqStoreKvArgs* args, TqError* error);
   int32_t (*attend)(TqBackend* backend, const TqAttendArgs* args, TqError* error);
   int32_t (*dequant_kv)(TqBackend* backend, const TqDequantKvArgs* args, TqError* error);
   int32_t (*copy_pages)(TqBackend* backend, const TqCopyPagesArgs* args, TqError* error);
   int32_t (*rotate)(TqBackend* backend, const TqRotateArgs* args, TqError* error);
-
-  /* Planner: the layers to skip such that those which share pages are all skipped or none is. out receives ascending
-   * layer numbers; *count is capacity in (num_layers is always enough), number out; out may be NULL. */
-  int32_t (*align_skip_layers)(const TqSkipRequest* request, int32_t* out, int64_t* count, TqError* error);
 } TqApi;
+#define TQ_API_SIZE_1_0 184
+
+/* Whether a library has a function of this header: one of an older minor version has a shorter table. */
+#define TQ_API_HAS(api, function) \
+  ((api)->struct_size >= offsetof(TqApi, function) + sizeof((api)->function) && (api)->function != NULL)
 
 /* (TQ_ABI_MAJOR << 16) | TQ_ABI_MINOR of the library. */
 uint32_t tq_abi_version(void);
