@@ -8,8 +8,8 @@
  * step calls store_kv, which compresses new keys and values into pages, and attend, which reads the pages.
  *
  * Growth (after the PJRT C API and ONNX Runtime)
- *  - Two symbols are exported, tq_abi_version() and tq_get_api(); they never change. Within a major version functions
- * and fields are only ever appended, so a caller and a library of different minor versions work together.
+ *  - Two symbols are exported, tq_abi_version() and tq_get_api(); they never change. Within a major version, functions
+ *    and fields are only ever appended, so a caller and a library of different minor versions work together.
  *  - Every struct begins with struct_size, set by the caller to the sizeof it was compiled with, in every element of an
  *    array too. The library steps through arrays by it. TQ_..._SIZE_1_0 is what header 1.0 had, and the least that is
  *    taken.
@@ -26,7 +26,7 @@
  *  - No C++ type, exception or allocation crosses the boundary.
  *  - Lengths, slots and block numbers in tables are checked on a CPU. A GPU's tables cannot be read without waiting for
  *    the device and are not checked there: a slot beyond the pages is skipped, a wrong block or length reads memory
- * that is not the cache's.
+ *    that is not the cache's.
  *
  * Memory
  *  - The caller owns all of it. The structs themselves are host memory and are read before a call returns.
@@ -36,8 +36,9 @@
  *  - Tensors and tables are aligned to their elements; 16 bytes for base and strides make loads of 16-bit dtypes wide.
  *    TqPages.data is aligned to TqKvCacheSpec.alignment, a workspace to 64 bytes.
  *  - A workspace must be all zero before its first use, and between two uses nothing else may write to it: its head
- * holds counters that each call leaves at zero. After a launch that failed, zero it again. It may serve any layers of
- * one backend, one call at a time: calls that may overlap (other streams, other threads) need workspaces of their own.
+ *    holds counters that each call leaves at zero. After a launch that failed, zero it again. It may serve any layers
+ *    of one backend, one call at a time: calls that may overlap (on other streams or threads) need workspaces of
+ *    their own.
  *
  * Streams
  *  - GPU backends enqueue on `stream`, a cudaStream_t or hipStream_t, and return; NULL is the device's legacy default
@@ -53,7 +54,7 @@
  *  - destroy_backend does not wait. Work that was enqueued before goes on, as it uses only the caller's memory; kernel
  *    libraries are never unloaded.
  *  - After fork() a child may go on with CPU backends of its parent. A GPU backend is of no use in a child, as its
- * device is not: the child makes its own, if the parent had not used the device.
+ *    device is not: make backends after the fork, from a parent that has not used the device.
  *
  * Source of the method: TurboQuant, arXiv 2504.19874; bytes per token and math of the presets follow vLLM 0.32
  * (vllm/model_executor/layers/quantization/turboquant and v1/attention/ops/triton_turboquant_store.py).
@@ -277,7 +278,7 @@ typedef struct TqBackendOptions {
   int32_t device_index; /* 0 on a CPU */
   int32_t reserved;
   const char* kernels_dir;           /* folder of libtq_kernels_*.so; NULL: $TQ_KERNELS_DIR, else this library's own */
-  const TqParallelFor* parallel_for; /* CPU only; NULL: a pool of the library's own, one thread per usable core */
+  const TqParallelFor* parallel_for; /* of a CPU backend; NULL: the library's own, one thread per usable core */
 } TqBackendOptions;
 #define TQ_BACKEND_OPTIONS_SIZE_1_0 32
 
