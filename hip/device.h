@@ -42,9 +42,8 @@ struct Grid {
 KernelStatus launch(DeviceState* state, void* function, Grid grid, int threads, const void* arguments, void* stream,
                     const char* what);
 
-KernelStatus supports(const DeviceState* state, const Format& format, const PageLayout& layout, int num_heads);
-uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads, int64_t num_tokens,
-                        int64_t num_seqs);
+KernelStatus supports(const DeviceState* state, const Format& format, const PageLayout& layout);
+uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads);
 KernelStatus attend(DeviceState* state, const AttendParams& p);
 KernelStatus store_kv(DeviceState* state, const StoreParams& p);
 KernelStatus dequant_kv(DeviceState* state, const DequantParams& p);

@@ -43,7 +43,7 @@ unsigned row_blocks(const DeviceState& state, int rows, int64_t tokens, int per_
 
 }  // namespace
 
-KernelStatus supports(const DeviceState*, const Format& format, const PageLayout& layout, int) {
+KernelStatus supports(const DeviceState*, const Format& format, const PageLayout& layout) {
   KernelStatus status = {kUnimplemented, ""};
   if (format.test_only) {
     std::snprintf(status.message, sizeof(status.message),
@@ -59,12 +59,16 @@ KernelStatus supports(const DeviceState*, const Format& format, const PageLayout
   return {0, ""};
 }
 
-uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int, int64_t, int64_t) {
+uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int) {
   // Partial results of blocks that share a sequence: never more than the target, whatever the batch.
   return uint64_t(kTargetBlocks) * gpu::partial_floats(part_dim_of(*state, size_of(layout))) * sizeof(float);
 }
 
 KernelStatus attend(DeviceState* state, const AttendParams& p) {
+  if (const KernelStatus s = supports(state, p.cache.format, p.cache.layout); s.code != 0) return s;
+  if (const uint64_t needed = workspace_size(state, p.cache.layout, p.num_heads); p.workspace_bytes < needed) {
+    return workspace_too_small(p, needed);
+  }
   if (p.num_seqs == 0 || p.num_tokens == 0) return {0, ""};
   state->attend_calls += 1;
   state->query_tokens += static_cast<uint64_t>(p.num_tokens);

@@ -330,15 +330,8 @@ int32_t api_check_layer(const TqBackend* backend, const TqLayerDesc* layer, uint
 
 const char* api_unmet_reason(int32_t bit) { return unmet_reason(bit); }
 
-Status supported(const TqBackend& backend, const PagedCache& cache, int num_heads) {
-  return from_kernel(backend.kernels->supports(backend.state, cache.format, cache.layout, num_heads));
-}
-
-// The block size does not matter to the workspace; any valid one makes a layout.
-uint64_t workspace_bytes(const TqBackend& backend, const CheckedLayer& layer) {
-  const TqLayerDesc& d = layer.desc;
-  const PageLayout layout = make_page_layout(*layer.format, d.head_dim, d.head_dim_v, d.num_kv_heads, kAtomTokens);
-  return backend.kernels->workspace_size(backend.state, layout, d.num_heads, 1, 1);
+Status supported(const TqBackend& backend, const PagedCache& cache) {
+  return from_kernel(backend.kernels->supports(backend.state, cache.format, cache.layout));
 }
 
 int32_t api_workspace_size(const TqBackend* backend, const TqLayerDesc* layer, uint64_t* bytes, TqError* error) {
@@ -348,7 +341,10 @@ int32_t api_workspace_size(const TqBackend* backend, const TqLayerDesc* layer, u
     CheckedLayer checked = {};
     TQ_RETURN_IF_ERROR(check_layer_desc(layer, &checked));
     TQ_RETURN_IF_ERROR(layer_supported(*backend, checked));
-    *bytes = workspace_bytes(*backend, checked);
+    // The block size does not matter to the workspace; any valid one makes a layout.
+    const TqLayerDesc& d = checked.desc;
+    const PageLayout layout = make_page_layout(*checked.format, d.head_dim, d.head_dim_v, d.num_kv_heads, kAtomTokens);
+    *bytes = backend->kernels->workspace_size(backend->state, layout, d.num_heads);
     return {};
   });
 }
@@ -358,7 +354,7 @@ int32_t api_store_kv(TqBackend* backend, const TqStoreKvArgs* args, TqError* err
     TQ_RETURN_IF_ERROR(need_backend(backend));
     StoreParams params = {};
     TQ_RETURN_IF_ERROR(check_store(args, backend->host_tables(), &params));
-    TQ_RETURN_IF_ERROR(supported(*backend, params.cache, params.cache.layout.num_kv_heads));
+    TQ_RETURN_IF_ERROR(supported(*backend, params.cache));
     return from_kernel(backend->kernels->store_kv(backend->state, params));
   });
 }
@@ -367,14 +363,7 @@ int32_t api_attend(TqBackend* backend, const TqAttendArgs* args, TqError* error)
   return guarded(error, [&]() -> Status {
     TQ_RETURN_IF_ERROR(need_backend(backend));
     AttendParams params = {};
-    CheckedLayer layer = {};
-    TQ_RETURN_IF_ERROR(check_attend(args, backend->host_tables(), &params, &layer));
-    TQ_RETURN_IF_ERROR(supported(*backend, params.cache, params.num_heads));
-    const uint64_t needed = workspace_bytes(*backend, layer);
-    if (params.workspace_bytes < needed) {
-      return invalid("workspace_bytes is " + std::to_string(params.workspace_bytes) + "; this call needs at least " +
-                     std::to_string(needed) + " (see workspace_size)");
-    }
+    TQ_RETURN_IF_ERROR(check_attend(args, backend->host_tables(), &params));
     return from_kernel(backend->kernels->attend(backend->state, params));
   });
 }
@@ -384,7 +373,7 @@ int32_t api_dequant_kv(TqBackend* backend, const TqDequantKvArgs* args, TqError*
     TQ_RETURN_IF_ERROR(need_backend(backend));
     DequantParams params = {};
     TQ_RETURN_IF_ERROR(check_dequant(args, backend->host_tables(), &params));
-    TQ_RETURN_IF_ERROR(supported(*backend, params.cache, params.cache.layout.num_kv_heads));
+    TQ_RETURN_IF_ERROR(supported(*backend, params.cache));
     return from_kernel(backend->kernels->dequant_kv(backend->state, params));
   });
 }

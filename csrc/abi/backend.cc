@@ -155,7 +155,7 @@ Status query_counters(const TqBackend& backend, TqCounters* out) {
 Status layer_supported(const TqBackend& backend, const CheckedLayer& layer) {
   const TqLayerDesc& d = layer.desc;
   const PageLayout layout = make_page_layout(*layer.format, d.head_dim, d.head_dim_v, d.num_kv_heads, kAtomTokens);
-  return from_kernel(backend.kernels->supports(backend.state, *layer.format, layout, d.num_heads));
+  return from_kernel(backend.kernels->supports(backend.state, *layer.format, layout));
 }
 
 Status check_layer(const TqBackend& backend, const TqLayerDesc* layer, uint64_t* unmet) {

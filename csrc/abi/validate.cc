@@ -223,13 +223,14 @@ Status check_sequences(const TqAttendArgs& args, const PagedCache& cache) {
 
 }  // namespace
 
-Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* out, CheckedLayer* layer) {
+Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* out) {
   TqAttendArgs args = {};
   TQ_RETURN_IF_ERROR(read_struct("args", given, &args));
-  TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, layer));
-  TQ_RETURN_IF_ERROR(check_pages(args.pages, *layer, &out->cache));
+  CheckedLayer layer = {};
+  TQ_RETURN_IF_ERROR(check_layer_desc(args.layer, &layer));
+  TQ_RETURN_IF_ERROR(check_pages(args.pages, layer, &out->cache));
   TQ_RETURN_IF_ERROR(check_stream(host_tables, args.stream));
-  const TqLayerDesc& d = layer->desc;
+  const TqLayerDesc& d = layer.desc;
   if (args.num_seqs < 0) return invalid("num_seqs is " + text(args.num_seqs) + "; it must not be negative");
   if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
   if (!std::isfinite(args.scale)) return invalid("scale is " + text(args.scale) + "; it must be finite");

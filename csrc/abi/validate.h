@@ -24,7 +24,7 @@ Status check_head_dim(const char* name, int32_t dim);
 Status check_layer_desc(const TqLayerDesc* layer, CheckedLayer* out);
 Status check_pages(const TqPages* pages, const CheckedLayer& layer, PagedCache* out);
 Status check_store(const TqStoreKvArgs* args, bool host_tables, StoreParams* out);
-Status check_attend(const TqAttendArgs* args, bool host_tables, AttendParams* out, CheckedLayer* layer);
+Status check_attend(const TqAttendArgs* args, bool host_tables, AttendParams* out);
 Status check_dequant(const TqDequantKvArgs* args, bool host_tables, DequantParams* out);
 Status check_copy(const TqCopyPagesArgs* args, bool host_tables, CopyParams* out);
 Status check_rotate(const TqRotateArgs* args, bool host_tables, RotateParams* out, CheckedLayer* layer);

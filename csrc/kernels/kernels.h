@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 
 #include "codec/format.h"
 #include "codec/lloyd_max.h"
@@ -73,7 +74,7 @@ struct AttendParams {
   const float* sinks;         // [num_heads] or null
   const float* alibi_slopes;  // [num_heads] or null
   float* lse;                 // [num_tokens, num_heads] or null
-  void* workspace;
+  void* workspace;            // zero before its first use; for nothing else between calls
   uint64_t workspace_bytes;
   void* stream;
 };
@@ -119,6 +120,15 @@ struct KernelCounters {
   uint64_t store_calls, stored_tokens, attend_calls, query_tokens, compressed_kv_reads;
 };
 
+// What attend answers if the workspace is smaller than workspace_size.
+inline KernelStatus workspace_too_small(const AttendParams& p, uint64_t needed) {
+  KernelStatus status = {3, ""};  // TQ_INVALID_ARGUMENT
+  std::snprintf(status.message, sizeof(status.message),
+                "workspace_bytes is %llu; this call needs at least %llu (see workspace_size)",
+                static_cast<unsigned long long>(p.workspace_bytes), static_cast<unsigned long long>(needed));
+  return status;
+}
+
 struct DeviceState;  // one per backend, owned by the kernel library
 
 struct KernelApi {
@@ -133,11 +143,12 @@ struct KernelApi {
   const char* (*device_name)(const DeviceState*);
   void (*counters)(const DeviceState*, KernelCounters* out);
   // OK if the device serves this layer; otherwise UNIMPLEMENTED with one sentence. Asked at start-up, before a cache is
-  // made, and again by each call.
-  KernelStatus (*supports)(const DeviceState*, const Format&, const PageLayout&, int num_heads);
-  uint64_t (*workspace_size)(const DeviceState*, const PageLayout&, int num_heads, int64_t num_tokens,
-                             int64_t num_seqs);
+  // made, and again before each call but attend.
+  KernelStatus (*supports)(const DeviceState*, const Format&, const PageLayout&);
+  // Bytes for any attend call over a supported layer, whatever the batch and the context.
+  uint64_t (*workspace_size)(const DeviceState*, const PageLayout&, int num_heads);
   KernelStatus (*store_kv)(DeviceState*, const StoreParams&);
+  // Refuses what supports refuses, and a workspace that is too small, by itself: it looks up its kernels once.
   KernelStatus (*attend)(DeviceState*, const AttendParams&);
   KernelStatus (*dequant_kv)(DeviceState*, const DequantParams&);
   KernelStatus (*copy_pages)(DeviceState*, const CopyParams&);

@@ -187,7 +187,7 @@ TEST(AttendCpu, BadQueryStaysInItsRow) {
     q[2 * 8 * 128 + 6 * 128 + 7] = -INFINITY;
     CpuDevice device;
     run_and_compare(good, device.get());
-    const uint64_t bytes = cpu_kernels().workspace_size(device.get(), bad.layout, 8, 4, 1);
+    const uint64_t bytes = cpu_kernels().workspace_size(device.get(), bad.layout, 8);
     AlignedBytes workspace(bytes);
     ASSERT_EQ(cpu_kernels().attend(device.get(), bad.params(workspace.data(), bytes)).code, 0);
     const float* a = reinterpret_cast<const float*>(good.out.data());

@@ -217,9 +217,31 @@ TEST_F(AttendCuda, BadQueryStaysInItsRow) {
 
 TEST_F(AttendCuda, TestFormatIsRefused) {
   const Format& format = *find_format("raw_f32");
-  const KernelStatus status = cuda_kernels().supports(device, format, make_page_layout(format, 128, 128, 8, 16), 32);
+  const KernelStatus status = cuda_kernels().supports(device, format, make_page_layout(format, 128, 128, 8, 16));
   EXPECT_EQ(status.code, 12);
   EXPECT_NE(std::string(status.message).find("raw_f32"), std::string::npos);
+}
+
+TEST_F(AttendCuda, WorkspaceTooSmallIsRefused) {
+  CudaCase test(simple_config("turboquant_4bit_nc", 1, {20}), 11, device);
+  AttendParams p = test.params();
+  p.workspace_bytes -= 1;
+  const KernelStatus status = cuda_kernels().attend(device, p);
+  EXPECT_EQ(status.code, 3);
+  EXPECT_EQ(status.message, "workspace_bytes is " + std::to_string(p.workspace_bytes) + "; this call needs at least " +
+                                std::to_string(p.workspace_bytes + 1) + " (see workspace_size)");
+}
+
+// What supports says of a layer, attend says by itself.
+TEST_F(AttendCuda, TestFormatIsRefusedByACall) {
+  CudaCase test(simple_config("turboquant_4bit_nc", 1, {20}), 12, device);
+  AttendParams p = test.params();
+  p.cache.format = *find_format("raw_f32");
+  p.cache.layout = make_page_layout(p.cache.format, 128, 128, 2, 16);
+  const KernelStatus refused = cuda_kernels().supports(device, p.cache.format, p.cache.layout);
+  const KernelStatus status = cuda_kernels().attend(device, p);
+  EXPECT_EQ(status.code, 12);
+  EXPECT_STREQ(status.message, refused.message);
 }
 
 TEST_F(AttendCuda, WorkspaceIsBounded) {
@@ -227,8 +249,8 @@ TEST_F(AttendCuda, WorkspaceIsBounded) {
     const Format& format = *find_format(name);
     for (const int dim : {16, 64, 80, 128, 256, 512}) {
       const PageLayout layout = make_page_layout(format, dim, dim, 8, 16);
-      ASSERT_EQ(cuda_kernels().supports(device, format, layout, 128).code, 0);
-      EXPECT_LE(cuda_kernels().workspace_size(device, layout, 128, 8192, 256), uint64_t{256} << 20);
+      ASSERT_EQ(cuda_kernels().supports(device, format, layout).code, 0);
+      EXPECT_LE(cuda_kernels().workspace_size(device, layout, 128), uint64_t{256} << 20);
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 
 #include "attention_case.h"
+#include "kernels/cuda/decode_memory.h"
 
 namespace tq::testing {
 
@@ -73,8 +74,7 @@ class CudaCase {
   CudaCase(const Config& config, uint32_t seed, DeviceState* device)
       : host(config, seed),
         device_(device),
-        bytes_(cuda_kernels().workspace_size(device, host.layout, config.num_heads, host.start.back(),
-                                             static_cast<int64_t>(config.seq_lens.size()))),
+        bytes_(cuda_kernels().workspace_size(device, host.layout, config.num_heads)),
         pages_(host.pages.data(), static_cast<size_t>(host.num_blocks * host.stride)),
         query_(host.query),
         out_(host.out),
@@ -85,7 +85,14 @@ class CudaCase {
         sinks_(host.sinks),
         slopes_(host.slopes),
         spans_(host.spans),
-        workspace_(std::vector<uint8_t>(bytes_, 0xff)) {}
+        workspace_(fresh_workspace(bytes_)) {}
+
+  // As the kernels find it: zero where launches count, bytes that are NaN elsewhere, which they must not read.
+  static std::vector<uint8_t> fresh_workspace(uint64_t bytes) {
+    std::vector<uint8_t> workspace(bytes, 0xff);
+    std::fill_n(workspace.begin(), std::min(bytes, cuda::kCounterBytes), uint8_t{0});
+    return workspace;
+  }
 
   AttendParams params() {
     AttendParams p = host.params(workspace_.get(), bytes_);
@@ -112,9 +119,11 @@ class CudaCase {
     lens_.upload(host.c.seq_lens.data());
   }
 
-  void run(cudaStream_t stream = nullptr) {
+  // In its own workspace, or another of at least its size.
+  void run(cudaStream_t stream = nullptr, void* workspace = nullptr) {
     AttendParams p = params();
     p.stream = stream;
+    if (workspace != nullptr) p.workspace = workspace;
     const KernelStatus status = cuda_kernels().attend(device_, p);
     ASSERT_EQ(status.code, 0) << status.message << " " << host.c.describe();
   }
@@ -138,6 +147,8 @@ class CudaCase {
     fetch();
     return host.worst_error();
   }
+
+  uint64_t workspace_bytes() const { return bytes_; }
 
   Case host;
 

@@ -61,7 +61,7 @@ void counters(const DeviceState* s, KernelCounters* out) {
 }
 
 // Whatever csrc/abi lets through.
-KernelStatus supports(const DeviceState*, const Format&, const PageLayout&, int) { return {0, ""}; }
+KernelStatus supports(const DeviceState*, const Format&, const PageLayout&) { return {0, ""}; }
 
 KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
   return guarded([&] { return cpu_store_kv(state, p); });

@@ -111,7 +111,7 @@ uint64_t carve_attend_scratch(const PageLayout& layout, int rows, uint8_t* base,
   return carver.used;
 }
 
-uint64_t cpu_workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads, int64_t, int64_t) {
+uint64_t cpu_workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads) {
   // Independent of the batch and the context: scratch of each thread, then the partial results of split tiles.
   const int rows = tile_rows(num_heads / layout.num_kv_heads);
   Carver partial{nullptr};
@@ -122,6 +122,9 @@ uint64_t cpu_workspace_size(const DeviceState* state, const PageLayout& layout, 
 
 KernelStatus cpu_attend(DeviceState* state, const AttendParams& p) {
   const PageLayout& layout = p.cache.layout;
+  if (const uint64_t needed = cpu_workspace_size(state, layout, p.num_heads); p.workspace_bytes < needed) {
+    return workspace_too_small(p, needed);
+  }
   const int threads = state->parallel_for.num_threads;
   const int rows = tile_rows(p.num_heads / layout.num_kv_heads);
   std::vector<Tile> tiles = make_tiles(p);

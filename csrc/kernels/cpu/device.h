@@ -43,8 +43,7 @@ void for_each_index(const ParallelFor& pool, int64_t count, F&& f) {
       &shared);
 }
 
-uint64_t cpu_workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads, int64_t num_tokens,
-                            int64_t num_seqs);
+uint64_t cpu_workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads);
 KernelStatus cpu_store_kv(DeviceState* state, const StoreParams& params);
 KernelStatus cpu_attend(DeviceState* state, const AttendParams& params);
 KernelStatus cpu_dequant_kv(DeviceState* state, const DequantParams& params);

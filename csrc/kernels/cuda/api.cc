@@ -3,6 +3,7 @@
 // The CUDA runtime is linked statically and finds the driver by itself, so the library opens on a machine without one.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <memory>
 
 #include "build_id.h"
+#include "kernels/cuda/decode_memory.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/instances.h"
 
@@ -28,13 +30,20 @@ KernelStatus status_of(cudaError_t error, const char* what) {
 // Raises a kernel's limit of dynamic shared memory, once.
 static KernelStatus prepare(DeviceState* state, const void* function, int shared_bytes) {
   if (shared_bytes <= 48 * 1024) return {0, ""};
-  const std::lock_guard lock(state->mutex);
-  if (state->prepared.contains(function)) return {0, ""};
+  for (const auto& prepared : state->prepared) {
+    const void* p = prepared.load(std::memory_order_acquire);
+    if (p == function) return {0, ""};
+    if (p == nullptr) break;
+  }
   // The same limit whatever a call uses: the attribute is the kernel's, not the call's.
   const cudaError_t error =
       cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, state->shared_limit);
-  if (error == cudaSuccess) state->prepared.insert(function);
-  return status_of(error, "raising a kernel's shared memory limit");
+  if (error != cudaSuccess) return status_of(error, "raising a kernel's shared memory limit");
+  for (auto& prepared : state->prepared) {  // another thread may do the same
+    const void* p = nullptr;
+    if (prepared.compare_exchange_strong(p, function) || p == function) break;
+  }
+  return {0, ""};
 }
 
 KernelStatus launch(DeviceState* state, const void* function, dim3 grid, int threads, int shared_bytes, void* arguments,
@@ -99,11 +108,7 @@ KernelStatus check_device(int index) {
   return {0, ""};
 }
 
-void destroy(DeviceState* state) {
-  if (state == nullptr) return;
-  cudaFree(state->counters);
-  delete state;
-}
+void destroy(DeviceState* state) { delete state; }
 
 KernelStatus create(int device_index, const ParallelFor*, DeviceState** out) {
   int count = 0;
@@ -127,8 +132,8 @@ KernelStatus create(int device_index, const ParallelFor*, DeviceState** out) {
   state->index = device_index;
   std::snprintf(state->name, sizeof(state->name), "%.40s (sm_%d%d)", properties.name, properties.major,
                 properties.minor);
-  state->multiprocessors = properties.multiProcessorCount;
-  state->shared_limit = static_cast<int>(properties.sharedMemPerBlockOptin) - 2048;  // static shared memory
+  state->multiprocessors = std::min(properties.multiProcessorCount, cuda::kMaxCtas);
+  state->shared_limit = static_cast<int>(properties.sharedMemPerBlockOptin) - cuda::kStaticSharedBytes;
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device_index);
@@ -138,12 +143,7 @@ KernelStatus create(int device_index, const ParallelFor*, DeviceState** out) {
       cudaFuncGetAttributes(&attributes, cuda::copy_pages_function()) == cudaSuccess && attributes.ptxVersion >= 90;
   const char* sync = std::getenv("TQ_SYNC");
   state->synchronous = sync != nullptr && std::strcmp(sync, "1") == 0;
-  const size_t bytes = sizeof(int) * DeviceState::kCounterSets * state->multiprocessors;
-  cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&state->counters), bytes);
-  if (error == cudaSuccess) error = cudaMemset(state->counters, 0, bytes);
-  if (error == cudaSuccess) error = cudaDeviceSynchronize();
   cudaSetDevice(before);
-  if (error != cudaSuccess) return status_of(error, "allocating the CUDA backend's counters");
   *out = state.release();
   return {0, ""};
 }

@@ -13,27 +13,32 @@ namespace tq::cuda {
 
 constexpr int kFoldTiles = 64;  // between two calls of fold_zeros
 
-// Bytes of shared memory of a CTA besides the rings and their barriers.
+// What a CTA has besides the memory of decode_memory.h. A lane looks at each warp, and at each row.
 template <class C>
-__host__ __device__ constexpr int decode_query_bytes(int warps) {
-  return (warps + shared_query_rows<C>(warps)) * QueryArea<C>::kBytes;
-}
+struct DecodeShared {
+  static constexpr int kRows = C::traits().shared_rows(C::kWarps);
+  static_assert(C::kWarps <= 32 && kRows >= 1 && kRows <= 32);
+  Fragment fragments[C::kWarps];
+  Cursor cursors[C::kWarps];
+  int prepared_rows[kRows];  // a row is named by its first tile on the line
+  MergeShared merge;
+};
 
 template <class C>
 __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_constant__ DecodeParams p) {
   using S = Schedule<C::kTileTokens, C::kColumns>;
   using Warp = DecodeWarp<C>;
   extern __shared__ __align__(128) uint8_t smem[];
-  __shared__ Fragment fragments[C::kWarps];
-  __shared__ Cursor cursors[C::kWarps];
-  __shared__ int prepared_rows[32];  // a row is named by its first tile on the line
+  __shared__ DecodeShared<C> shared;
+  static_assert(sizeof(DecodeShared<C>) <= kStaticSharedBytes);
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const typename Warp::Shape shape(p.attend.cache.layout);
-  const int slot_bytes = C::kAtoms * shape.atom_bytes();
-  const int ring_bytes = ring_size<C>(p.slots, shape.atom_bytes());
-  uint8_t* queries = smem + warps * ring_bytes;
-  auto area = [&](int i) { return QueryArea<C>{queries + i * QueryArea<C>::kBytes}; };
-  auto* barriers = reinterpret_cast<uint64_t*>(queries + decode_query_bytes<C>(warps)) + warp * p.slots;
+  const int slot_bytes = C::traits().tile_bytes(shape.atom_bytes());
+  const int ring_bytes = C::traits().ring_bytes(p.slots, shape.atom_bytes());
+  uint8_t* queries = smem + C::traits().queries_offset(warps, p.slots, shape.atom_bytes());
+  auto area = [&](int i) { return QueryArea<C>{queries + i * C::kAreaBytes}; };
+  auto* barriers = reinterpret_cast<uint64_t*>(smem + C::traits().barriers_offset(warps, p.slots, shape.atom_bytes())) +
+                   warp * p.slots;
 
   // Arguments are read while the grid before this one ends: each line of them is a miss in a fresh multiprocessor.
   touch_arguments(p);
@@ -52,7 +57,7 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
 
   // This warp's part of the CTA's first rows. It asks for the query before anything is copied: behind the rings' first
   // copies, which fill the memory's queues, it would arrive microseconds later.
-  const int shared_rows = shared_query_rows<C>(warps);
+  const int shared_rows = C::traits().shared_rows(warps);
   const int vector = warp * C::kQueryVectors + lane / C::kQueryLanes;
   const int query_row = warp * C::kQueryVectors / C::kColumns;
   float x[16];
@@ -67,20 +72,20 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
     }
     if (query_row_begin >= cta_end) query_row_begin = -1;
     if (query_row_begin >= 0) load_query<C>(p, c, vector % C::kColumns, lane, x);
-    if (lane == 0) prepared_rows[query_row] = query_row_begin;
+    if (lane == 0) shared.prepared_rows[query_row] = query_row_begin;
   }
 
-  Fragment& own = fragments[warp];
+  Fragment& own = shared.fragments[warp];
   if (lane == 0) own.first = own.last = -1;
   Cursor c = {};
   if (begin < end) {
     c = schedule.find(p, begin, lane);
-    if (lane == 0) cursors[warp] = c;
+    if (lane == 0) shared.cursors[warp] = c;
     __syncwarp();
   }
   uint8_t* ring_data = smem + warp * ring_bytes;
   Ring<C> ring(ring_data, barriers, p.slots, slot_bytes, lane);
-  PieceStream<C> stream(p, &cursors[warp], end - begin, lane);
+  PieceStream<C> stream(p, &shared.cursors[warp], end - begin, lane);
   for (int i = 0; i < p.slots; ++i) ring.fill_next(stream);
   if (query_row_begin >= 0) prepare_query<C>(p, area(warps + query_row), vector % C::kColumns, lane, x);
   __syncthreads();
@@ -89,7 +94,7 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
   for (int at = begin; at < end;) {
     const int row_begin = at - c.tile;
     const bool from_start = c.tile == 0;
-    const unsigned found = __ballot_sync(kFullMask, lane < shared_rows && prepared_rows[lane] == row_begin);
+    const unsigned found = __ballot_sync(kFullMask, lane < shared_rows && shared.prepared_rows[lane] == row_begin);
     if (found == 0) prepare_row<C>(p, c, area(warp), lane);
     work.start_row(c, area(found == 0 ? warp : warps + __ffs(found) - 1));
     const int stop = min(row_begin + c.q.tiles, end);
@@ -109,7 +114,7 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
       }
     } else {
       // A whole row is finished at once; it must not overwrite the row that began earlier, which waits for the merge.
-      float* to = first_dump<C>(p, warps, warp) + (complete ? C::kColumns * C::kDumpPitch : 0);
+      float* to = warp_dump<C>(p, warps, warp, complete ? 1 : 0);
       work.dump(to);
       __syncwarp();
       if (complete) {
@@ -129,7 +134,7 @@ __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_
     }
   }
   __syncthreads();
-  merge_cta<C>(p, fragments, smem, ring_bytes, stretches, cta_begin, cta_end, warp, warps, lane);
+  merge_cta<C>(p, shared.fragments, shared.merge, smem, ring_bytes, stretches, cta_begin, cta_end, warp, warps, lane);
 }
 
 }  // namespace tq::cuda

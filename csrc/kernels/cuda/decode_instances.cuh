@@ -3,24 +3,17 @@
 
 #include <array>
 
+#include "kernels/cuda/choose.h"
 #include "kernels/cuda/decode.cuh"
-#include "kernels/cuda/instances.h"
 
 namespace tq::cuda {
 
 template <class C>
 DecodeInstance decode_instance() {
-  return {reinterpret_cast<const void*>(&decode_kernel<C>),
-          C::F::kKeyBits,
-          C::F::kValueBits,
-          C::kDim,
-          C::kExact,
-          C::kColumns,
-          C::kAtoms,
-          C::kWarps,
-          C::kDumpPitch,
-          QueryArea<C>::kBytes,
-          C::kQueryVectors};
+  constexpr int kAtomBytes = AtomShape<typename C::F, C::kDim, true>::kLayout.atom_bytes();  // the largest
+  constexpr int kTuringLimit = 64 * 1024 - kStaticSharedBytes;
+  static_assert(decode_shape(C::traits(), kAtomBytes, kTuringLimit, false).warps > 0, "no GPU may be too small");
+  return {reinterpret_cast<const void*>(&decode_kernel<C>), C::kDim, C::kExact, C::traits()};
 }
 
 // Head dimensions with instances of their own, for up to 8 and up to 16 query columns; then one for each range of the

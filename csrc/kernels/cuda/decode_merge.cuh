@@ -5,6 +5,7 @@
 // sum of weights relative to it.
 #pragma once
 
+#include "kernels/cuda/decode_memory.h"
 #include "kernels/gpu/elements.cuh"
 #include "kernels/cuda/schedule.cuh"
 #include "kernels/gpu/scores.cuh"
@@ -24,22 +25,19 @@ TQ_DEVICE OutputRow output_row(const DecodeParams& p, const Cursor& c, int colum
 
 // What a warp leaves behind besides finished rows. A row is named by its first tile on the line; -1: none.
 struct Fragment {
-  int first, first_end;  // began in an earlier warp and ended within this one: in p.first
+  int first, first_end;  // began in an earlier warp and ended within this one: in the warp's dump 0
   int last, last_end;    // reached the end of the stretch: in the warp's ring
   OutputRow first_row, last_row;
 };
 
+// Dumps in the workspace.
 template <class C>
-__host__ __device__ constexpr int ring_size(int slots, int atom_bytes) {
-  const int ring = slots * C::kAtoms * atom_bytes;
-  const int dump = C::kColumns * C::kDumpPitch * static_cast<int>(sizeof(float));
-  return ((ring > dump ? ring : dump) + 127) / 128 * 128;
+TQ_DEVICE float* cta_dump(const DecodeParams& p, int cta, int which) {
+  return p.of_ctas + C::traits().cta_dump(cta, which);
 }
-
-// A warp's two dumps in the workspace.
 template <class C>
-TQ_DEVICE float* first_dump(const DecodeParams& p, int warps, int warp) {
-  return p.first + (int64_t{blockIdx.x} * warps + warp) * 2 * C::kColumns * C::kDumpPitch;
+TQ_DEVICE float* warp_dump(const DecodeParams& p, int warps, int warp, int which) {
+  return p.of_warps + C::traits().warp_dump(static_cast<int>(blockIdx.x), warps, warp, which);
 }
 
 // A column of several dumps, combined; the lanes share the dimensions.
@@ -144,15 +142,17 @@ struct OpenRow {
   OutputRow row;
 };
 
+// In shared memory; of the row that began in an earlier CTA, and of the one that goes on in the next.
+struct MergeShared {
+  OpenRow open[2];
+  bool arrived_last[2];
+};
+
 // Merges one row's partial results of all CTAs; by the whole CTA, whose shared memory is free.
 template <class C>
 TQ_DEVICE void merge_row(const DecodeParams& p, const OpenRow& open, uint8_t* smem, int warp, int warps, int lane) {
   const int owner = open.owners.first, count = open.owners.count;
-  constexpr int kDumpFloats = C::kColumns * C::kDumpPitch;
-  // Slot 1 of the CTA where the row begins, slot 0 of the others.
-  auto source = [&](int c, int n) {
-    return p.partial + ((owner + c) * 2 + (c == 0 ? 1 : 0)) * int64_t{kDumpFloats} + n * C::kDumpPitch;
-  };
+  auto source = [&](int c, int n) { return cta_dump<C>(p, owner + c, c == 0 ? 1 : 0) + n * C::kDumpPitch; };
   const int parts = max(1, min(warps / open.row.columns, (count + 3) / 4));
   // Several warps may share a column: part k takes contributors k, k + parts, ...
   auto* stage = reinterpret_cast<float*>(smem);
@@ -176,10 +176,10 @@ TQ_DEVICE void merge_row(const DecodeParams& p, const OpenRow& open, uint8_t* sm
 }
 
 template <class C>
-TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8_t* smem, int ring_bytes,
-                         const Stretches& stretches, int cta_begin, int cta_end, int warp, int warps, int lane) {
-  constexpr int kDumpFloats = C::kColumns * C::kDumpPitch;
-  __shared__ OpenRow open[2];
+TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, MergeShared& shared, uint8_t* smem,
+                         int ring_bytes, const Stretches& stretches, int cta_begin, int cta_end, int warp, int warps,
+                         int lane) {
+  OpenRow(&open)[2] = shared.open;
   if (threadIdx.x < 2) open[threadIdx.x].owners.count = 0;
   __syncthreads();
   // Groups of warps that hold parts of one row: first the row that began in an earlier CTA and ended in warp 0, then
@@ -196,7 +196,7 @@ TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8
     const OutputRow row = leading_tail ? of.first_row : of.last_row;
     const int members = __popc(__ballot_sync(kFullMask, last == begin));
     const unsigned tail = __ballot_sync(kFullMask, first == begin);  // the warp in which the row ended
-    const float* tail_dump = first_dump<C>(p, warps, tail != 0 ? __ffs(tail) - 1 : 0);
+    const float* tail_dump = warp_dump<C>(p, warps, tail != 0 ? __ffs(tail) - 1 : 0, 0);
     const bool complete = begin >= cta_begin && end <= cta_end;
     const int slot = begin < cta_begin ? 0 : 1;
     int n = warp - task % warps;
@@ -210,7 +210,7 @@ TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8
       if (complete) {
         c.finish(p, row, n, lane);
       } else {
-        c.write(p.partial + (blockIdx.x * 2 + slot) * int64_t{kDumpFloats} + n * C::kDumpPitch, lane);
+        c.write(cta_dump<C>(p, static_cast<int>(blockIdx.x), slot) + n * C::kDumpPitch, lane);
       }
     }
     task += row.columns;
@@ -221,7 +221,6 @@ TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8
       leaders &= leaders - 1;
     }
   }
-  __shared__ bool arrived_last[2];
   __syncthreads();
   if (open[0].owners.count == 0 && open[1].owners.count == 0) return;
   // One thread for each open row releases what the whole CTA wrote, the barrier above being before it, and acquires
@@ -229,17 +228,15 @@ TQ_DEVICE void merge_cta(const DecodeParams& p, const Fragment* fragments, uint8
   if (threadIdx.x < 2) {
     const Owners owners = open[threadIdx.x].owners;
     bool last = false;
-    if (owners.count > 0) {
-      // A CTA has at most one row that begins in it and goes on: its counter is that row's.
-      last = arrive(p.counters + owners.first) == owners.count - 1;
-      if (last) p.counters[owners.first] = 0;
-    }
-    arrived_last[threadIdx.x] = last;
+    // A CTA has at most one row that begins in it and goes on: its counter is that row's. The last to arrive leaves it
+    // at zero, for the next launch.
+    if (owners.count > 0) last = arrive(p.counters + owners.first, owners.count);
+    shared.arrived_last[threadIdx.x] = last;
   }
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    if (arrived_last[k]) merge_row<C>(p, open[k], smem, warp, warps, lane);
+    if (shared.arrived_last[k]) merge_row<C>(p, open[k], smem, warp, warps, lane);
   }
 }
 

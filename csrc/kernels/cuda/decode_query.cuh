@@ -5,6 +5,7 @@
 // first tile waits for them; a warp that comes to a later row prepares that itself.
 #pragma once
 
+#include "kernels/cuda/decode_memory.h"
 #include "kernels/cuda/key_tile.cuh"
 #include "kernels/cuda/schedule.cuh"
 #include "kernels/gpu/scores.cuh"
@@ -24,13 +25,16 @@ struct DecodeConfig {
   static constexpr int kQueryLanes = kDim / 16;           // that a query vector lies in while it is rotated
   static constexpr int kQueryVectors = 32 / kQueryLanes;  // that a warp rotates at once
   static constexpr int kQueryBytes = kColumns * QueryRow<F, kDim>::kBytes;
+  static constexpr int kAreaBytes = kQueryBytes + kColumns * 8;  // with a unit and a bias of each column
+  TQ_HOST_DEVICE static constexpr DecodeTraits traits() {
+    return {kColumns, kAtoms, kWarps, kDumpPitch, kAreaBytes, kQueryVectors};
+  }
 };
 
 // One prepared row in shared memory.
 template <class C>
 struct QueryArea {
   static constexpr int kRowBytes = QueryRow<typename C::F, C::kDim>::kBytes;
-  static constexpr int kBytes = C::kQueryBytes + C::kColumns * 8;
   uint8_t* data;
 
   TQ_DEVICE uint8_t* row(int n) const { return data + n * kRowBytes; }
@@ -38,12 +42,6 @@ struct QueryArea {
   TQ_DEVICE float& unit(int n) const { return reinterpret_cast<float*>(data + C::kQueryBytes)[n]; }
   TQ_DEVICE int& bias(int n) const { return reinterpret_cast<int*>(data + C::kQueryBytes)[C::kColumns + n]; }
 };
-
-// Rows that a CTA of so many warps prepares together.
-template <class C>
-__host__ __device__ constexpr int shared_query_rows(int warps) {
-  return warps * C::kQueryVectors / C::kColumns;
-}
 
 // Column n of the row at the cursor; a lane takes 16 dimensions. Apart from prepare_query, so that the load can be
 // under way while other things are done.

@@ -4,6 +4,7 @@
 // A piece is what one copy brings: a whole tile where a page holds whole tiles, otherwise an atom.
 #pragma once
 
+#include "kernels/cuda/decode_memory.h"
 #include "kernels/cuda/schedule.cuh"
 
 namespace tq::cuda {
@@ -90,6 +91,7 @@ struct Ring {
         head_barrier(barriers),
         tail_barrier(barriers) {
 #if TQ_HAS_BULK_COPY
+    static_assert(kMaxSlots <= 32);
     if (lane < slots) ring_init(barriers + 8 * lane);
     ring_init_done();
     __syncwarp();
@@ -126,11 +128,12 @@ struct Ring {
   }
 
   // The address of the oldest filled slot, whose data has landed. Without bulk copies `slots` groups of copies are
-  // under way, the oldest of which must have landed; there are at most 3 slots then.
+  // under way, the oldest of which must have landed.
   TQ_DEVICE uint32_t wait() {
 #if TQ_HAS_BULK_COPY
     ring_wait(tail_barrier, parity);
 #else
+    static_assert(kMinSlots == 2 && kMaxSlotsWithoutBulkCopies == 3);
     if (slots > 2) {
       async_copy_wait<2>();
     } else {

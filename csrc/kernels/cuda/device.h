@@ -3,10 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <atomic>
-#include <map>
-#include <mutex>
-#include <set>
 
 #include "kernels/kernels.h"
 
@@ -15,18 +13,12 @@ namespace tq {
 struct DeviceState {
   int index = 0;
   char name[64] = {};
-  int multiprocessors = 0;
+  int multiprocessors = 0;   // that a decode launch uses
   int shared_limit = 0;      // bytes of a block's dynamic shared memory
   bool hopper_code = false;  // the kernels were compiled for sm_90 or later: bulk copies, programmatic launches
   bool synchronous = false;  // TQ_SYNC=1: every call waits and reports its kernels' errors
-
-  // Counters of arrived CTAs, zero between launches. A launch finds its own by its workspace, which by contract no
-  // concurrent call uses.
-  static constexpr int kCounterSets = 256;
-  int* counters = nullptr;  // [kCounterSets][multiprocessors]
-  std::mutex mutex;
-  std::map<const void*, int> counter_set;
-  std::set<const void*> prepared;  // kernels whose shared memory limit has been raised
+  // Kernels whose shared memory limit has been raised, then nulls. There is room for all; calls take no lock.
+  std::array<std::atomic<const void*>, 64> prepared = {};
 
   std::atomic<uint64_t> store_calls{0};
   std::atomic<uint64_t> stored_tokens{0};
@@ -47,9 +39,8 @@ KernelStatus probe();
 KernelStatus launch(DeviceState* state, const void* function, dim3 grid, int threads, int shared_bytes, void* arguments,
                     void* stream, const char* what);
 
-KernelStatus supports(const DeviceState* state, const Format& format, const PageLayout& layout, int num_heads);
-uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads, int64_t num_tokens,
-                        int64_t num_seqs);
+KernelStatus supports(const DeviceState* state, const Format& format, const PageLayout& layout);
+uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads);
 KernelStatus attend(DeviceState* state, const AttendParams& p);
 KernelStatus store_kv(DeviceState* state, const StoreParams& p);
 KernelStatus dequant_kv(DeviceState* state, const DequantParams& p);

@@ -1,22 +1,17 @@
 // instances.h - the kernels that exist, as rows of hand-written tables; one .cu file per format and kernel fills one.
 #pragma once
 
-#include <cstdint>
 #include <span>
+
+#include "kernels/cuda/decode_memory.h"
 
 namespace tq::cuda {
 
 struct DecodeInstance {
   const void* function;  // decode_kernel<DecodeConfig<...>>
-  int key_bits, value_bits;
   int dim;
-  bool exact;   // head_dim == head_dim_v == dim; otherwise both are at most dim
-  int columns;  // query columns of a row
-  int atoms;    // of a tile
-  int max_warps;
-  int dump_pitch;     // floats of a column of a partial result
-  int query_bytes;    // of shared memory, of a prepared row
-  int query_vectors;  // that a warp prepares at once
+  bool exact;  // head_dim == head_dim_v == dim; otherwise both are at most dim
+  DecodeTraits traits;
 };
 
 struct PrefillInstance {

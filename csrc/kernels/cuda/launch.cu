@@ -1,10 +1,10 @@
-// launch.cu - from a call to kernel launches: chooses instances from the tables, sizes grids and shared memory.
+// launch.cu - from a call to kernel launches: finds the kernels, sizes grids.
 #include <algorithm>
 #include <cstdio>
 
 #include "kernels/gpu/dequant.cuh"
+#include "kernels/cuda/choose.h"
 #include "kernels/cuda/device.h"
-#include "kernels/cuda/instances.h"
 #include "kernels/cuda/prefill.cuh"
 #include "kernels/cuda/schedule.cuh"
 #include "kernels/gpu/store.cuh"
@@ -15,73 +15,54 @@ namespace {
 // Query tokens per sequence up to which the decode kernel is used: it splits the context over the whole device, while
 // the prefill kernel reads it once for more rows.
 constexpr int kMaxDecodeQueryLen = 16;
-constexpr int kMinTilesPerWarp = 1;     // a CTA for less than a tile a warp is not worth its merge
-constexpr int kRingBytes = 160 * 1024;  // deeper rings read slower (docs/kernels.md)
+constexpr int kMinTilesPerWarp = 1;  // a CTA for less than a tile a warp is not worth its merge
 
-std::span<const DecodeInstance> decode_table_of(const PageLayout& layout) {
-  if (layout.key_bits == 8) return decode_k8v4();
-  if (layout.key_bits == 4) return decode_k4v4();
-  return layout.value_bits == 4 ? decode_k3v4() : decode_k3v3();
-}
-
-const DecodeInstance* find_decode(const PageLayout& layout, int columns) {
-  const int dim = std::max(layout.head_dim, layout.head_dim_v);
-  const DecodeInstance* best = nullptr;
-  for (const DecodeInstance& i : decode_table_of(layout)) {
-    if (i.exact ? (i.dim != layout.head_dim || i.dim != layout.head_dim_v) : i.dim < dim) continue;
-    if (best == nullptr) {
-      best = &i;
-    } else if (i.exact == best->exact && i.dim == best->dim && columns > best->columns) {
-      best = &i;
-    } else if (i.exact == best->exact && i.dim < best->dim) {
-      best = &i;
-    }
-  }
-  return best;
-}
-
-// Warps of a CTA and tiles of each ring that fit.
-struct DecodeShape {
-  int warps, slots, shared_bytes;
+// The kernels of attend calls over a layer of one of the presets; nulls where a head dimension is too large.
+struct AttendKernels {
+  DecodeKernels decode;
+  const PrefillInstance* prefill;
 };
 
-DecodeShape decode_shape(const DeviceState& state, const DecodeInstance& i, int atom_bytes) {
-  const int tile = i.atoms * atom_bytes;
-  const int dump = i.columns * i.dump_pitch * 4;
-  const int most = state.hopper_code ? 6 : 3;  // without bulk copies a ring waits for at most two tiles ahead
-  auto bytes = [&](int warps, int slots) {
-    const int ring = (std::max(slots * tile, dump) + 127) / 128 * 128;
-    const int rows = warps + warps * i.query_vectors / i.columns;
-    return warps * (ring + 8 * slots) + rows * i.query_bytes;
-  };
-  for (int warps = i.max_warps; warps >= 1; warps = warps > 4 ? warps - 4 : warps / 2) {
-    for (int slots = most; slots >= 2; --slots) {
-      if (slots > 2 && warps * slots * tile > kRingBytes) continue;
-      if (slots == 2 && warps > 4 && state.hopper_code && 2 * tile * warps < 48 * 1024) continue;
-      if (bytes(warps, slots) <= state.shared_limit) return {warps, slots, bytes(warps, slots)};
-    }
+AttendKernels find_attend(const PageLayout& layout) {
+  std::span<const DecodeInstance> table = layout.value_bits == 4 ? decode_k3v4() : decode_k3v3();
+  if (layout.key_bits == 8) table = decode_k8v4();
+  if (layout.key_bits == 4) table = decode_k4v4();
+  return {find_decode(table, layout), find_prefill(prefill_instances(), layout)};
+}
+
+KernelStatus check_served(const DeviceState& state, const Format& format, const PageLayout& layout,
+                          const AttendKernels& kernels) {
+  KernelStatus status = {kUnimplemented, ""};
+  if (format.test_only) {
+    std::snprintf(status.message, sizeof(status.message),
+                  "format_id is %s, which is for tests on the CPU; the CUDA kernels serve the turboquant_* presets",
+                  format.name);
+    return status;
   }
-  return {0, 0, 0};
+  if (kernels.prefill == nullptr || kernels.decode.wide == nullptr) {
+    std::snprintf(status.message, sizeof(status.message), "head_dim is %d; the CUDA kernels serve up to 512",
+                  largest_dim(layout));
+    return status;
+  }
+  // The decode kernels fit every GPU (decode_instances.cuh).
+  if (kernels.prefill->shared_bytes > state.shared_limit) {
+    std::snprintf(status.message, sizeof(status.message),
+                  "head_dim is %d; its kernels need %d bytes of shared memory in a block, %s has %d",
+                  largest_dim(layout), kernels.prefill->shared_bytes, state.name, state.shared_limit);
+    return status;
+  }
+  return {0, ""};
 }
 
 int group_of(const PageLayout& layout, int num_heads) { return num_heads / layout.num_kv_heads; }
 
-struct Workspace {
-  uint64_t partial, first, total;  // bytes
-};
-
-Workspace decode_workspace(const DeviceState& state, const DecodeInstance& i) {
-  const uint64_t dump = uint64_t(i.columns) * i.dump_pitch * 4;
-  const uint64_t partial = uint64_t(state.multiprocessors) * 2 * dump;
-  const uint64_t first = uint64_t(state.multiprocessors) * i.max_warps * 2 * dump;
-  return {partial, first, partial + first};
-}
-
-int* counters_for(DeviceState* state, const void* workspace) {
-  const std::lock_guard lock(state->mutex);
-  const auto [at, added] = state->counter_set.try_emplace(
-      workspace, static_cast<int>(state->counter_set.size() % DeviceState::kCounterSets));
-  return state->counters + int64_t{at->second} * state->multiprocessors;
+// Of any batch and context: partial results of the CTAs that are resident at once.
+uint64_t workspace_bytes(const DeviceState& state, const DecodeKernels& decode, int group) {
+  uint64_t bytes = 0;
+  for (const int query_len : {1, kMaxDecodeQueryLen}) {
+    bytes = std::max(bytes, decode_workspace(decode.of(query_len * group).traits, state.multiprocessors).bytes);
+  }
+  return bytes;
 }
 
 bool aligned(const void* base, int64_t token_stride, int64_t head_stride, int bytes, int element) {
@@ -91,44 +72,36 @@ bool aligned(const void* base, int64_t token_stride, int64_t head_stride, int by
 
 int element_bytes(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
 
-KernelStatus launch_decode(DeviceState* state, const AttendParams& p, int max_query_len) {
-  const DecodeInstance* i = find_decode(p.cache.layout, max_query_len * group_of(p.cache.layout, p.num_heads));
-  const DecodeShape shape = decode_shape(*state, *i, p.cache.layout.atom_bytes());
+KernelStatus launch_decode(DeviceState* state, const AttendParams& p, const DecodeInstance& i, int max_query_len) {
+  const int ctas = state->multiprocessors, columns = max_query_len * group_of(p.cache.layout, p.num_heads);
+  const DecodeShape shape =
+      decode_shape(i.traits, p.cache.layout.atom_bytes(), state->shared_limit, state->hopper_code);
+  const DecodeWorkspace parts = decode_workspace(i.traits, ctas);
+  auto* workspace = static_cast<uint8_t*>(p.workspace);
   DecodeParams d = {};
   d.attend = p;
   d.book = make_device_book(p.cache.codebook);
   d.group = make_divisor(group_of(p.cache.layout, p.num_heads));
   d.kv_heads = make_divisor(p.cache.layout.num_kv_heads);
   d.block_size = make_divisor(p.cache.layout.block_size);
-  d.grid = make_divisor(state->multiprocessors);
+  d.grid = make_divisor(ctas);
   d.warps = make_divisor(shape.warps);
-  const int column_tiles = (max_query_len * group_of(p.cache.layout, p.num_heads) + i->columns - 1) / i->columns;
-  d.deal = make_deal(int64_t{p.num_seqs} * p.cache.layout.num_kv_heads * column_tiles, state->multiprocessors);
-  d.counters = counters_for(state, p.workspace);
-  d.partial = static_cast<float*>(p.workspace);
-  d.first = d.partial + decode_workspace(*state, *i).partial / 4;
+  const int column_tiles = (columns + i.traits.columns - 1) / i.traits.columns;
+  d.deal = make_deal(int64_t{p.num_seqs} * p.cache.layout.num_kv_heads * column_tiles, ctas);
+  d.counters = reinterpret_cast<uint32_t*>(workspace);
+  d.of_ctas = reinterpret_cast<float*>(workspace + parts.of_ctas);
+  d.of_warps = reinterpret_cast<float*>(workspace + parts.of_warps);
   d.slots = shape.slots;
   d.max_query_len = max_query_len;
   d.min_tiles = kMinTilesPerWarp * shape.warps;
   const int element = element_bytes(p.dtype);
   d.vector_query = element == 2 && aligned(p.query, p.query_token_stride, p.query_head_stride, 16, element);
   d.vector_out = element == 2 && aligned(p.out, p.out_token_stride, p.out_head_stride, 8, element);
-  return launch(state, i->function, dim3(static_cast<unsigned>(state->multiprocessors)), 32 * shape.warps,
-                shape.shared_bytes, &d, p.stream, "the decode kernel");
+  return launch(state, i.function, dim3(static_cast<unsigned>(ctas)), 32 * shape.warps, shape.shared_bytes, &d,
+                p.stream, "the decode kernel");
 }
 
-const PrefillInstance* find_prefill(const PageLayout& layout) {
-  const PrefillInstance* best = nullptr;
-  for (const PrefillInstance& i : prefill_instances()) {
-    if (i.key_bits != layout.key_bits || i.value_bits != layout.value_bits) continue;
-    if (i.dim < std::max(layout.head_dim, layout.head_dim_v)) continue;
-    if (best == nullptr || i.dim < best->dim) best = &i;
-  }
-  return best;
-}
-
-KernelStatus launch_prefill(DeviceState* state, const AttendParams& p, int min_query_len) {
-  const PrefillInstance* i = find_prefill(p.cache.layout);
+KernelStatus launch_prefill(DeviceState* state, const AttendParams& p, const PrefillInstance& i, int min_query_len) {
   PrefillParams f = {};
   f.attend = p;
   f.book = make_device_book(p.cache.codebook);
@@ -137,20 +110,9 @@ KernelStatus launch_prefill(DeviceState* state, const AttendParams& p, int min_q
   f.vector_query = element == 2 && aligned(p.query, p.query_token_stride, p.query_head_stride, 16, element);
   // An upper bound: every sequence may end in a tile that is not full.
   const int64_t rows = p.num_tokens * group_of(p.cache.layout, p.num_heads);
-  const int64_t tiles = rows / i->rows + std::min<int64_t>(p.num_seqs, p.num_tokens / min_query_len + 1);
+  const int64_t tiles = rows / i.rows + std::min<int64_t>(p.num_seqs, p.num_tokens / min_query_len + 1);
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.cache.layout.num_kv_heads));
-  return launch(state, i->function, grid, i->threads, i->shared_bytes, &f, p.stream, "the prefill kernel");
-}
-
-// The kernel of a table whose vectors of 16 * lanes dimensions hold these.
-const RowInstance* find_rows(std::span<const RowInstance> table, const PageLayout& layout) {
-  for (const RowInstance& i : table) {
-    if (i.key_bits == layout.key_bits && i.value_bits == layout.value_bits &&
-        16 * i.lanes >= std::max(layout.head_dim, layout.head_dim_v)) {
-      return &i;
-    }
-  }
-  return nullptr;
+  return launch(state, i.function, grid, i.threads, i.shared_bytes, &f, p.stream, "the prefill kernel");
 }
 
 // Blocks of warps that hold `rows` rows of one of the vectors that a token has.
@@ -161,49 +123,31 @@ unsigned row_blocks(int rows, int64_t tokens, int per_token, int threads) {
 
 }  // namespace
 
-KernelStatus supports(const DeviceState* state, const Format& format, const PageLayout& layout, int) {
-  KernelStatus status = {kUnimplemented, ""};
-  if (format.test_only) {
-    std::snprintf(status.message, sizeof(status.message),
-                  "format_id is %s, which is for tests on the CPU; the CUDA kernels serve the turboquant_* presets",
-                  format.name);
-    return status;
-  }
-  const PrefillInstance* prefill = find_prefill(layout);
-  const DecodeInstance* decode = find_decode(layout, 1);
-  if (prefill == nullptr || decode == nullptr) {
-    std::snprintf(status.message, sizeof(status.message), "head_dim is %d; the CUDA kernels serve up to 512",
-                  std::max(layout.head_dim, layout.head_dim_v));
-    return status;
-  }
-  if (prefill->shared_bytes > state->shared_limit || decode_shape(*state, *decode, layout.atom_bytes()).warps == 0) {
-    std::snprintf(status.message, sizeof(status.message),
-                  "head_dim is %d; its kernels need %d bytes of shared memory in a block, %s has %d",
-                  std::max(layout.head_dim, layout.head_dim_v), prefill->shared_bytes, state->name,
-                  state->shared_limit);
-    return status;
-  }
-  return {0, ""};
+KernelStatus supports(const DeviceState* state, const Format& format, const PageLayout& layout) {
+  return check_served(*state, format, layout, find_attend(layout));
 }
 
-uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads, int64_t, int64_t) {
-  // Independent of the batch and the context: partial results of the CTAs that are resident at once.
-  uint64_t bytes = 0;
-  for (const int tokens : {1, kMaxDecodeQueryLen}) {
-    bytes = std::max(bytes, decode_workspace(*state, *find_decode(layout, tokens * group_of(layout, num_heads))).total);
-  }
-  return bytes;
+uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int num_heads) {
+  return workspace_bytes(*state, find_attend(layout).decode, group_of(layout, num_heads));
 }
 
 KernelStatus attend(DeviceState* state, const AttendParams& p) {
+  const PageLayout& layout = p.cache.layout;
+  const AttendKernels kernels = find_attend(layout);
+  if (const KernelStatus s = check_served(*state, p.cache.format, layout, kernels); s.code != 0) return s;
+  const int group = group_of(layout, p.num_heads);
+  if (const uint64_t needed = workspace_bytes(*state, kernels.decode, group); p.workspace_bytes < needed) {
+    return workspace_too_small(p, needed);
+  }
   if (p.num_seqs == 0 || p.num_tokens == 0) return {0, ""};
   state->attend_calls += 1;
   state->query_tokens += static_cast<uint64_t>(p.num_tokens);
-  if (const KernelStatus s = launch_decode(state, p, std::min(p.max_query_len, kMaxDecodeQueryLen)); s.code != 0) {
+  const int decode_len = std::min(p.max_query_len, kMaxDecodeQueryLen);
+  if (const KernelStatus s = launch_decode(state, p, kernels.decode.of(decode_len * group), decode_len); s.code != 0) {
     return s;
   }
   if (p.max_query_len <= kMaxDecodeQueryLen) return {0, ""};
-  return launch_prefill(state, p, kMaxDecodeQueryLen + 1);
+  return launch_prefill(state, p, *kernels.prefill, kMaxDecodeQueryLen + 1);
 }
 
 KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
@@ -236,10 +180,7 @@ KernelStatus dequant_kv(DeviceState* state, const DequantParams& p) {
 
 KernelStatus rotate(DeviceState* state, const RotateParams& p) {
   if (p.num_tokens == 0) return {0, ""};
-  const RotateInstance* i = nullptr;
-  for (const RotateInstance& candidate : rotate_instances()) {
-    if (i == nullptr && 16 * candidate.lanes >= p.head_dim) i = &candidate;
-  }
+  const RotateInstance* i = find_rotate(rotate_instances(), p.head_dim);
   RotateArgs a = {};
   a.rotate = p;
   const int element = element_bytes(p.dtype);

@@ -18,12 +18,11 @@ struct DecodeParams {
   DeviceBook book;
   Divisor group, kv_heads, block_size, grid, warps;  // group: query heads of a KV head
   Deal deal;
-  int* counters;   // [gridDim.x], zero between launches
-  float* partial;  // [gridDim.x][2][columns][head_dim_v + 2 rounded up to 4], of rows that cross CTAs
-  float* first;    // [gridDim.x][warps][2][...]: of the row that ends inside a warp's stretch, of a whole row within it
-  int slots;       // of a warp's ring, in tiles
-  int max_query_len;  // longer sequences are another kernel's
-  int min_tiles;      // of a CTA: less is not worth a merge
+  uint32_t* counters;         // the workspace, as decode_memory.h divides it
+  float *of_ctas, *of_warps;  // dumps
+  int slots;                  // of a warp's ring, in tiles
+  int max_query_len;          // longer sequences are another kernel's
+  int min_tiles;              // of a CTA: less is not worth a merge
   bool vector_query, vector_out;
 };
 

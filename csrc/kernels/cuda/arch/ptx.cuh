@@ -62,11 +62,13 @@ TQ_DEVICE void let_next_grid_launch() {
 #endif
 }
 
-// Adds 1 to a counter and returns what it was: a release and an acquire for the whole device.
-TQ_DEVICE int arrive(int* counter) {
-  int before;
-  asm volatile("atom.add.acq_rel.gpu.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
+// Counts in a counter that begins at zero; true for the last of `count`, which sets it back to zero. A release and an
+// acquire for the whole device.
+TQ_DEVICE bool arrive(uint32_t* counter, int count) {
+  uint32_t before;
+  const uint32_t last = static_cast<uint32_t>(count) - 1;
+  asm volatile("atom.inc.acq_rel.gpu.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+  return before == last;
 }
 
 // x in a register that the compiler takes for the result of something expensive: it keeps it there instead of computing
