@@ -77,7 +77,7 @@ def one_case(rng: random.Random, dtype: torch.dtype) -> tuple[float, str]:
     size = ops.workspace_size(heads, kv_heads, dim, dim, info["format_id"], sum(query_lens), len(lens))
     ops.attend(
         query, out, pages, start, torch.tensor(lens, dtype=torch.int32), table, info["format_id"], block, kv_heads, dim**-0.5,
-        True, window, cap, sink, slopes, None, torch.empty(size, dtype=torch.uint8),
+        True, window, cap, sink, slopes, None, torch.zeros(size, dtype=torch.uint8),
     )  # fmt: skip
 
     worst = 0.0

@@ -61,7 +61,7 @@ class Ours:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self._pools: dict[tuple[str, int], torch.Tensor] = {}
-        self._workspace = torch.empty(0, dtype=torch.uint8, device=DEVICE)
+        self._workspace = torch.zeros(0, dtype=torch.uint8, device=DEVICE)
 
     def clear(self) -> None:
         self._pools.clear()
@@ -87,7 +87,7 @@ class Ours:
     def workspace(self, layer: Layer, num_tokens: int, num_seqs: int) -> torch.Tensor:
         size = max(64, self.backend.workspace_size(layer))
         if self._workspace.numel() < size:
-            self._workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
+            self._workspace = torch.zeros(size, dtype=torch.uint8, device=DEVICE)  # attend finds zeros at first
         return self._workspace[:size]
 
     def _placed(self, shape: Shape, format_name: str) -> tuple[Layer, torch.Tensor, torch.Tensor, int]:

@@ -121,7 +121,7 @@ def metadata(causal: bool = True, images: dict | None = None) -> TurboQuantMetad
         block_size=BLOCK_SIZE,
         causal=causal,
         max_query_len=max(QUERY_LENS),
-        workspace=torch.empty(size, dtype=torch.uint8),
+        workspace=torch.zeros(size, dtype=torch.uint8),
         mm_prefix_range_tensor=spans_of_batch(images, len(SEQ_LENS), torch.device("cpu")),
     )
 

@@ -77,7 +77,6 @@ KernelStatus launch(DeviceState* state, const void* function, dim3 grid, int thr
 
 namespace {
 
-using cuda::status_of;
 using cuda::unavailable;
 
 constexpr int kCudaDevice = 2;  // TQ_DEVICE_CUDA

@@ -17,7 +17,7 @@ PrefillInstance prefill_instance() {
           C::kDim,
           C::kRows,
           C::kThreads,
-          C::kSharedBytes};
+          static_cast<int>(sizeof(PrefillShared<C>))};
 }
 
 // Row groups, value parts and tokens of a tile: what fits 255 registers and, up to 256 dimensions, 64 KiB.

@@ -33,8 +33,17 @@ struct PrefillConfig {
   static constexpr int kUnits = kDim / 16;
   static constexpr int kUnitsPerThread = kTokens * kUnits / kThreads;
   static constexpr int kPartDim = kDim / kValueParts;
-  static constexpr int kSharedBytes = (kRows + 2 * kTokens) * kPitch * 2 + kTokens * 4 + kRows * 4;
   static_assert(kTokens * kUnits % kThreads == 0 && kTokens % 16 == 0 && kPartDim % 16 == 0);
+};
+
+// A CTA's shared memory.
+template <class C>
+struct PrefillShared {
+  __half query[C::kRows * C::kPitch];
+  __half keys[C::kTokens * C::kPitch];
+  __half values[C::kTokens * C::kPitch];
+  float norms[C::kTokens];
+  float units[C::kRows];
 };
 
 struct PrefillTile {
@@ -166,11 +175,9 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads) prefill_kernel(const __grid_constant__ PrefillParams p) {
   wait_for_previous_grid();
   extern __shared__ __align__(128) uint8_t smem[];
-  auto* query = reinterpret_cast<__half*>(smem);
-  __half* keys = query + C::kRows * C::kPitch;
-  __half* values = keys + C::kTokens * C::kPitch;
-  auto* norms = reinterpret_cast<float*>(values + C::kTokens * C::kPitch);
-  float* units = norms + C::kTokens;
+  auto& shared = *reinterpret_cast<PrefillShared<C>*>(smem);
+  __half *query = shared.query, *keys = shared.keys, *values = shared.values;
+  float *norms = shared.norms, *units = shared.units;
   const AttendParams& a = p.attend;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane >> 2, t = lane & 3;
   const int head = blockIdx.y, group = a.num_heads / a.cache.layout.num_kv_heads;
