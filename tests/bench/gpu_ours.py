@@ -84,7 +84,7 @@ class Ours:
             self.backend.store_kv(layer, pool, FILL_PAGE, key, value, slots)()
         return pool
 
-    def workspace(self, layer: Layer, num_tokens: int, num_seqs: int) -> torch.Tensor:
+    def workspace(self, layer: Layer) -> torch.Tensor:
         size = max(64, self.backend.workspace_size(layer))
         if self._workspace.numel() < size:
             self._workspace = torch.zeros(size, dtype=torch.uint8, device=DEVICE)  # attend finds zeros at first
@@ -104,7 +104,7 @@ class Ours:
         start, lens = shape.tensors()
         queries = shape.queries(len(tables))
         out = torch.empty_like(queries[0])
-        work = self.workspace(layer, shape.num_queries, shape.batch)
+        work = self.workspace(layer)
         calls = [
             self.backend.attend(layer, pool, shape.page, query, out, start, lens, table, shape.query_len, work)
             for query, table in zip(queries, tables, strict=True)
@@ -118,7 +118,7 @@ class Ours:
         start, lens = shape.tensors()
         query = shape.queries(1)[0]
         out = torch.full_like(query, math.nan)
-        work = self.workspace(layer, shape.num_queries, shape.batch)
+        work = self.workspace(layer)
         table = tables[-1]
         self.backend.attend(layer, pool, shape.page, query, out, start, lens, table, shape.query_len, work)()
         sequence = shape.seq_lens.index(max(shape.seq_lens)) if shape.lens else shape.batch // 2
