@@ -35,6 +35,10 @@ namespace tq {
 constexpr int kAtomTokens = 16;
 constexpr int kPageAlignment = 16;  // bytes; every row block, atom and page starts at a multiple of it
 
+// Far beyond any model; they keep the bytes of a page and its offsets within their integers.
+constexpr int kMaxHeads = 65536;      // of queries or of keys
+constexpr int kMaxBlockSize = 65536;  // tokens per page
+
 struct PageLayout {
   int key_bits;
   int value_bits;
