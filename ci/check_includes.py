@@ -15,12 +15,17 @@ ALLOWED = {
     "csrc/codec": (),
     "csrc/layout": ("csrc/codec",),
     "csrc/planner": ("csrc/layout", "csrc/codec"),
-    "csrc/kernels": ("csrc/layout", "csrc/codec"),
-    "hip": ("csrc/kernels", "csrc/layout", "csrc/codec"),
-    "csrc/abi": ("csrc/include", "csrc/planner", "csrc/layout", "csrc/codec", "csrc/kernels/kernels.h"),
-    "csrc/torch": ("csrc/include",),
-    "csrc/python": ("csrc/include",),
-    "csrc/check": ("csrc/include",),
+    "csrc/kernels": ("csrc/layout", "csrc/codec", "csrc/elf/build_note.h"),
+    "hip": ("csrc/kernels", "csrc/layout", "csrc/codec", "csrc/elf/build_note.h"),
+    "csrc/elf": (),
+    "csrc/bindings": (),
+    "csrc/abi": (
+        "csrc/include", "csrc/planner", "csrc/layout", "csrc/codec", "csrc/elf",
+        "csrc/kernels/kernels.h", "csrc/kernels/public_numbers.h",
+    ),
+    "csrc/torch": ("csrc/include", "csrc/bindings"),
+    "csrc/python": ("csrc/include", "csrc/bindings"),
+    "csrc/check": ("csrc/include", "csrc/elf"),
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^">]+)[">]', re.M)
 FOREIGN = re.compile(r"^\s*#\s*include\s*[<\"](torch/|pybind11/|Python\.h)", re.M)

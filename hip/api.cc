@@ -9,6 +9,7 @@
 #include <string>
 
 #include "build_id.h"
+#include "elf/build_note.h"
 #include "hip/arch/bundle.h"
 #include "hip/device.h"
 #include "hip/instances.h"
@@ -18,7 +19,6 @@ namespace tq {
 namespace hip {
 namespace {
 
-constexpr int kHipDevice = 3;    // TQ_DEVICE_HIP
 constexpr int kOutOfMemory = 2;  // hipErrorOutOfMemory
 
 template <class... Text>
@@ -199,10 +199,12 @@ KernelStatus launch(DeviceState* state, void* function, Grid grid, int threads, 
 
 namespace {
 
+TQ_BUILD_NOTE(kBuildId);
+
 constexpr KernelApi kApi = {
     sizeof(KernelApi),
     kBuildId,
-    hip::kHipDevice,
+    kHipDevice,
     &hip::probe,
     &hip::create,
     &hip::destroy,

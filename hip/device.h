@@ -33,8 +33,6 @@ struct DeviceState {
 
 namespace hip {
 
-constexpr int kUnimplemented = 12, kInternal = 13, kUnavailable = 14, kResourceExhausted = 8;  // TqCode
-
 struct Grid {
   unsigned x, y, z;
 };

@@ -83,8 +83,10 @@ int32_t api_format_by_name(const char* name, TqFormatInfo* out, TqError* error) 
       for (const Format& f : all_formats()) {
         if (!f.test_only) known += (known.empty() ? "" : ", ") + std::string(f.name);
       }
-      return {TQ_NOT_FOUND, std::string("there is no KV format '") + name + "'; did you mean '" +
-                                nearest_format(name).name + "'? Formats are " + known};
+      const Format* nearest = nearest_format(name);
+      return {TQ_NOT_FOUND, std::string("there is no KV format '") + name + "'" +
+                                (nearest != nullptr ? std::string("; did you mean '") + nearest->name + "'?" : ".") +
+                                " Formats are " + known};
     }
     TQ_RETURN_IF_ERROR(check_struct_size("out", out));
     write_struct(format_info(*format), out);

@@ -31,10 +31,9 @@ constexpr Requirement kRequirements[] = {
      },
      "Encoder and cross attention are not served: leave these layers to the engine's own backend."},
     {[](const TqLayerDesc& d) {
-       auto bad = [](int dim) { return dim < kHeadDimMultiple || dim > kMaxHeadDim || dim % kHeadDimMultiple != 0; };
-       return bad(d.head_dim) || (d.head_dim_v != 0 && bad(d.head_dim_v));
+       return !head_dim_served(d.head_dim) || (d.head_dim_v != 0 && !head_dim_served(d.head_dim_v));
      },
-     "The head dimension is not served: it must be a multiple of 16 from 16 to 512."},
+     "The head dimension is not served: it must be " TQ_HEAD_DIM_RULE "."},
     {[](const TqLayerDesc& d) { return d.num_kv_heads < 1 || d.num_heads < 1 || d.num_heads % d.num_kv_heads != 0; },
      "The head counts are not served: query heads must be a multiple of KV heads."},
     {[](const TqLayerDesc& d) { return find_format(d.format_id) == nullptr; },
@@ -76,9 +75,15 @@ Status create_backend(const TqBackendOptions* given, TqBackend** out) {
     }
     parallel_for = {p.num_threads, p.context, p.run};
   }
-  const std::string dir = options.kernels_dir != nullptr ? options.kernels_dir : default_kernels_dir();
+  std::string dir;
+  if (Status s = kernels_dir(options.kernels_dir, &dir); !s.ok()) return s;
   if (options.device_kind == TQ_DEVICE_AUTO) {
     TQ_RETURN_IF_ERROR(choose_kind(dir, &options.device_kind));
+  }
+  // Now, and not in the first call that needs one: a child of a fork that came while another thread was computing them
+  // would wait for ever.
+  for (const Format& format : all_formats()) {
+    if (format.rotates_keys()) format_codebook(format.key_bits);
   }
   const Candidate chosen = examine(dir, options.device_kind);
   if (!chosen.status.ok()) return chosen.status;
@@ -99,7 +104,7 @@ void destroy_backend(TqBackend* backend) {
   delete backend;
 }
 
-Status list_libraries(const char* kernels_dir, TqLibraryInfo* out, int64_t* count) {
+Status list_libraries(const char* given_dir, TqLibraryInfo* out, int64_t* count) {
   if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
   constexpr int64_t kNumber = std::size(kDeviceKinds);
   if (out == nullptr) {
@@ -112,8 +117,10 @@ Status list_libraries(const char* kernels_dir, TqLibraryInfo* out, int64_t* coun
   }
   Rows<TqLibraryInfo> rows;
   TQ_RETURN_IF_ERROR(Rows<TqLibraryInfo>::check("out", out, kNumber, &rows));
+  std::string dir;
+  if (Status s = kernels_dir(given_dir, &dir); !s.ok()) return s;
   for (int64_t i = 0; i < kNumber; ++i) {
-    const Candidate c = examine(kernels_dir != nullptr ? kernels_dir : default_kernels_dir(), kDeviceKinds[i]);
+    const Candidate c = examine(dir, kDeviceKinds[i]);
     TqLibraryInfo row = {};
     row.device_kind = c.device_kind;
     copy_text(c.path, row.path);

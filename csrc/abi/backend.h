@@ -20,7 +20,7 @@ namespace tq {
 
 Status create_backend(const TqBackendOptions* options, TqBackend** out);
 void destroy_backend(TqBackend* backend);
-Status list_libraries(const char* kernels_dir, TqLibraryInfo* out, int64_t* count);
+Status list_libraries(const char* given_dir, TqLibraryInfo* out, int64_t* count);
 Status query_caps(const TqBackend& backend, TqCaps* out);
 Status query_counters(const TqBackend& backend, TqCounters* out);
 

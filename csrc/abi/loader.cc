@@ -3,12 +3,29 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 
 #include "build_id.h"
+#include "elf/library_file.h"
 
 namespace tq {
+namespace {
+
+// The real path of this library, or empty. The dynamic linker has it relative to the working directory if dlopen got a
+// relative path, or LD_LIBRARY_PATH has a relative entry: so it is made absolute while the library is being loaded,
+// before its user can go elsewhere.
+char library_path[PATH_MAX];
+
+__attribute__((constructor)) void find_library_path() {
+  Dl_info info;
+  if (dladdr(library_path, &info) == 0 || info.dli_fname == nullptr ||
+      realpath(info.dli_fname, library_path) == nullptr)
+    library_path[0] = '\0';
+}
+
+}  // namespace
 
 const char* device_kind_name(int device_kind) {
   switch (device_kind) {
@@ -23,17 +40,34 @@ const char* device_kind_name(int device_kind) {
   }
 }
 
-std::string default_kernels_dir() {
-  if (const char* dir = std::getenv("TQ_KERNELS_DIR"); dir != nullptr && *dir != '\0') return dir;
-  Dl_info info;
-  if (dladdr(reinterpret_cast<const void*>(&default_kernels_dir), &info) == 0 || info.dli_fname == nullptr) return ".";
-  const std::string path = info.dli_fname;
-  const size_t slash = path.rfind('/');
-  return slash == std::string::npos ? "." : path.substr(0, slash);
+Status kernels_dir(const char* given, std::string* dir) {
+  if (given != nullptr) {
+    if (*given == '\0') {
+      return invalid("kernels_dir is an empty string; it must be a folder, or NULL for the one of libtq_backend.so");
+    }
+    *dir = given;
+    return {};
+  }
+  if (const char* named = std::getenv("TQ_KERNELS_DIR"); named != nullptr && *named != '\0') {
+    *dir = named;
+    return {};
+  }
+  *dir = library_path;
+  if (dir->empty()) {
+    return {TQ_UNAVAILABLE,
+            "the folder of libtq_backend.so could not be found when it was loaded; name one in TQ_KERNELS_DIR"};
+  }
+  dir->resize(dir->rfind('/'));
+  return {};
 }
 
 std::string kernel_library_path(const std::string& dir, int device_kind) {
   return dir + "/libtq_kernels_" + device_kind_name(device_kind) + ".so";
+}
+
+static Status other_build(const std::string& path, const std::string& build_id) {
+  return {TQ_FAILED_PRECONDITION, path + " has build id " + build_id + "; this libtq_backend.so needs " + kBuildId +
+                                      ": install both from one wheel"};
 }
 
 Status load_kernel_library(const std::string& path, int device_kind, const KernelApi** api) {
@@ -41,6 +75,14 @@ Status load_kernel_library(const std::string& path, int device_kind, const Kerne
     return {TQ_UNAVAILABLE, "there is no " + path + "; this package was built without the " +
                                 device_kind_name(device_kind) + " kernels"};
   }
+  std::string build_id;
+  if (const std::string sentence = read_library_file(path, &build_id); !sentence.empty()) {
+    return {TQ_UNAVAILABLE, "the kernel library cannot be opened: " + sentence};
+  }
+  if (build_id.empty()) {
+    return {TQ_FAILED_PRECONDITION, path + " is not a kernel library of tq-backend: it carries no build id"};
+  }
+  if (build_id != kBuildId) return other_build(path, build_id);
   // RTLD_LOCAL: two kernel libraries export the same symbol. Never closed: backends hold pointers into it.
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return {TQ_UNAVAILABLE, std::string("the kernel library cannot be opened: ") + dlerror()};
@@ -50,10 +92,8 @@ Status load_kernel_library(const std::string& path, int device_kind, const Kerne
     return {TQ_FAILED_PRECONDITION,
             path + " is not a kernel library of tq-backend: it does not export tq_kernels_get_api"};
   }
-  if (std::string(found->build_id) != kBuildId) {
-    return {TQ_FAILED_PRECONDITION, path + " has build id " + found->build_id + "; this libtq_backend.so needs " +
-                                        kBuildId + ": install both from one wheel"};
-  }
+  // Again: an upgrade may have replaced the file in between.
+  if (std::string_view(found->build_id) != kBuildId) return other_build(path, found->build_id);
   if (found->device_kind != device_kind) {
     return {TQ_FAILED_PRECONDITION, path + " holds kernels for " + device_kind_name(found->device_kind) + ", not for " +
                                         device_kind_name(device_kind)};

@@ -12,12 +12,14 @@ constexpr int kDeviceKinds[] = {TQ_DEVICE_CPU, TQ_DEVICE_CUDA, TQ_DEVICE_HIP};
 
 const char* device_kind_name(int device_kind);  // "cpu", "cuda", "hip"
 
-// $TQ_KERNELS_DIR, else the folder that libtq_backend.so lies in.
-std::string default_kernels_dir();
+// The folder of kernel libraries: given, or if that is null $TQ_KERNELS_DIR, or else the one that libtq_backend.so lay
+// in when it was loaded.
+Status kernels_dir(const char* given, std::string* dir);
 
 std::string kernel_library_path(const std::string& dir, int device_kind);
 
-// Opens the library and compares build ids. On success *api stays valid for the life of the process.
+// Compares build ids and opens the library; of one with another build id no code runs. On success *api stays valid for
+// the life of the process.
 Status load_kernel_library(const std::string& path, int device_kind, const KernelApi** api);
 
 // One kind of kernel library on this machine: found and asked for its device.

@@ -41,6 +41,18 @@ Status check_strides(const char* name, int64_t token_stride, int64_t head_stride
   return {};
 }
 
+// Rows of an output: strides past which no row reaches into another one, in either of the two dense orders. A tensor
+// that is only read may have one row for all tokens; threads that write to one row would race.
+Status check_rows_apart(const char* name, int64_t tokens, int64_t token_stride, int64_t heads, int64_t head_stride,
+                        int64_t dim) {
+  const auto extent = [dim](int64_t count, int64_t stride) { return static_cast<__int128>(count - 1) * stride + dim; };
+  if (tokens <= 1 || heads <= 1) return {};  // check_strides has seen to it
+  if (token_stride >= extent(heads, head_stride) || head_stride >= extent(tokens, token_stride)) return {};
+  return invalid(std::string(name) + "_token_stride is " + text(token_stride) + " elements and " + name +
+                 "_head_stride " + text(head_stride) + "; with " + text(heads) + " heads of " + text(dim) +
+                 " elements and " + text(tokens) + " tokens rows would overlap, and they must not");
+}
+
 // ceil(tokens / block_size) entries of a block table, each a block that exists.
 Status check_block_row(const char* name, const int32_t* row, int64_t tokens, int block_size, int64_t num_blocks,
                        int64_t first_token = 0) {
@@ -56,9 +68,7 @@ Status check_block_row(const char* name, const int32_t* row, int64_t tokens, int
 }  // namespace
 
 Status check_head_dim(const char* name, int32_t dim) {
-  if (dim < kHeadDimMultiple || dim > kMaxHeadDim || dim % kHeadDimMultiple != 0) {
-    return invalid(std::string(name) + " is " + text(dim) + "; it must be a multiple of 16 from 16 to 512");
-  }
+  if (!head_dim_served(dim)) return invalid(std::string(name) + " is " + text(dim) + "; it must be " TQ_HEAD_DIM_RULE);
   return {};
 }
 
@@ -66,7 +76,9 @@ Status check_format(uint32_t format_id, const Format** out) {
   *out = find_format(format_id);
   if (*out != nullptr) return {};
   std::string known;
-  for (const Format& format : all_formats()) known += (known.empty() ? "" : ", ") + text(format.id) + " " + format.name;
+  for (const Format& format : all_formats()) {
+    if (!format.test_only) known += (known.empty() ? "" : ", ") + text(uint32_t{format.id}) + " " + format.name;
+  }
   return invalid("format_id is " + text(format_id) + "; known formats are " + known);
 }
 
@@ -92,12 +104,12 @@ Status check_layer_desc(const TqLayerDesc* layer, CheckedLayer* out) {
   TQ_RETURN_IF_ERROR(check_head_dim("layer.head_dim", d.head_dim));
   if (d.head_dim_v == 0) d.head_dim_v = d.head_dim;
   TQ_RETURN_IF_ERROR(check_head_dim("layer.head_dim_v", d.head_dim_v));
-  if (d.num_kv_heads < 1 || d.num_kv_heads > 65536) {
-    return invalid("layer.num_kv_heads is " + text(d.num_kv_heads) + "; it must be from 1 to 65536");
+  if (d.num_kv_heads < 1 || d.num_kv_heads > kMaxHeads) {
+    return invalid("layer.num_kv_heads is " + text(d.num_kv_heads) + "; it must be from 1 to " + text(kMaxHeads));
   }
-  if (d.num_heads < 1 || d.num_heads > 65536 || d.num_heads % d.num_kv_heads != 0) {
+  if (d.num_heads < 1 || d.num_heads > kMaxHeads || d.num_heads % d.num_kv_heads != 0) {
     return invalid("layer.num_heads is " + text(d.num_heads) + "; it must be a multiple of num_kv_heads, " +
-                   text(d.num_kv_heads) + ", of at most 65536");
+                   text(d.num_kv_heads) + ", of at most " + text(kMaxHeads));
   }
   if (d.dtype != TQ_DTYPE_F32 && d.dtype != TQ_DTYPE_F16 && d.dtype != TQ_DTYPE_BF16) {
     return invalid("layer.dtype is " + text(d.dtype) + "; it must be float32 (1), float16 (2) or bfloat16 (3)");
@@ -119,9 +131,9 @@ Status check_pages(const TqPages* given, const CheckedLayer& layer, PagedCache* 
     return invalid("pages.format_id is " + text(pages.format_id) + " (" + (came != nullptr ? came->name : "unknown") +
                    "); these pages must have the layer's format, " + layer.format->name);
   }
-  if (pages.block_size < kAtomTokens || pages.block_size > 65536 || pages.block_size % kAtomTokens != 0) {
+  if (pages.block_size < kAtomTokens || pages.block_size > kMaxBlockSize || pages.block_size % kAtomTokens != 0) {
     return invalid("pages.block_size is " + text(pages.block_size) +
-                   " tokens; it must be a multiple of 16 from 16 to 65536");
+                   " tokens; it must be a multiple of 16 from 16 to " + text(kMaxBlockSize));
   }
   const TqLayerDesc& d = layer.desc;
   const PageLayout layout = make_page_layout(*layer.format, d.head_dim, d.head_dim_v, d.num_kv_heads, pages.block_size);
@@ -261,6 +273,8 @@ Status check_attend(const TqAttendArgs* given, bool host_tables, AttendParams* o
     TQ_RETURN_IF_ERROR(
         check_strides("query", args.query_token_stride, args.query_head_stride, d.num_heads, d.head_dim));
     TQ_RETURN_IF_ERROR(check_strides("out", args.out_token_stride, args.out_head_stride, d.num_heads, d.head_dim_v));
+    TQ_RETURN_IF_ERROR(check_rows_apart("out", args.num_tokens, args.out_token_stride, d.num_heads,
+                                        args.out_head_stride, d.head_dim_v));
   }
   if (args.workspace_bytes > 0) TQ_RETURN_IF_ERROR(check_not_null("workspace", args.workspace));
   if (reinterpret_cast<uintptr_t>(args.workspace) % 64 != 0) {
@@ -362,6 +376,14 @@ Status check_dequant(const TqDequantKvArgs* given, bool host_tables, DequantPara
     }
     if (host_tables) TQ_RETURN_IF_ERROR(check_ranges(args, out->cache));
   }
+  if (args.key_out != nullptr && args.value_out != nullptr) {
+    const auto key = reinterpret_cast<uintptr_t>(args.key_out), value = reinterpret_cast<uintptr_t>(args.value_out);
+    const __int128 rows = static_cast<__int128>(args.num_tokens) * layer.desc.num_kv_heads;
+    const int element = layer.desc.dtype == TQ_DTYPE_F32 ? 4 : 2;
+    if (key < value + rows * element * layer.desc.head_dim_v && value < key + rows * element * layer.desc.head_dim) {
+      return invalid("key_out and value_out are the same memory in part; they must not overlap");
+    }
+  }
   out->dtype = static_cast<Dtype>(layer.desc.dtype);
   out->keep_rotated = args.keep_rotated == 1;
   out->num_seqs = args.num_seqs;
@@ -433,8 +455,8 @@ Status check_rotate(const TqRotateArgs* given, bool host_tables, RotateParams* o
                    "; it must be TQ_SIDE_QUERY (1), TQ_SIDE_KEY (2), TQ_SIDE_VALUE (3) or TQ_SIDE_OUTPUT (4)");
   }
   if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
-  if (args.num_heads < 1 || args.num_heads > 65536) {
-    return invalid("num_heads is " + text(args.num_heads) + "; it must be from 1 to 65536");
+  if (args.num_heads < 1 || args.num_heads > kMaxHeads) {
+    return invalid("num_heads is " + text(args.num_heads) + "; it must be from 1 to " + text(kMaxHeads));
   }
   const TqLayerDesc& d = layer->desc;
   const bool of_keys = args.side == TQ_SIDE_QUERY || args.side == TQ_SIDE_KEY;
@@ -444,6 +466,8 @@ Status check_rotate(const TqRotateArgs* given, bool host_tables, RotateParams* o
     TQ_RETURN_IF_ERROR(check_not_null("out", args.out));
     TQ_RETURN_IF_ERROR(check_strides("x", args.x_token_stride, args.x_head_stride, args.num_heads, dim));
     TQ_RETURN_IF_ERROR(check_strides("out", args.out_token_stride, args.out_head_stride, args.num_heads, dim));
+    TQ_RETURN_IF_ERROR(
+        check_rows_apart("out", args.num_tokens, args.out_token_stride, args.num_heads, args.out_head_stride, dim));
   }
   out->dtype = static_cast<Dtype>(d.dtype);
   out->rotates = of_keys && layer->format->rotates_keys();

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "check/self_test.h"
+#include "elf/library_file.h"
 #include "tq_backend.h"
 
 namespace {
@@ -75,6 +76,9 @@ int kind_of(const std::string& name) {
 
 // self_test_kind: -1 for no self-test.
 int check(bool json, int self_test_kind, const std::string& path) {
+  if (const std::string sentence = tq::read_library_file(path); !sentence.empty()) {
+    return fail(json, path, sentence + ".");
+  }
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return fail(json, path, fmt::format("{} cannot be opened: {}.", path, dlerror()));
   const auto version = reinterpret_cast<uint32_t (*)()>(dlsym(handle, "tq_abi_version"));
@@ -167,7 +171,8 @@ int run(int argc, char** argv) {
       fmt::print(stderr, "tq-check-abi: '{}' is not understood; {}\n", argument, kUsageText);
       return kUsage;
     } else {
-      path = argument;
+      path =
+          argument.find('/') == std::string::npos ? "./" + argument : argument;  // dlopen would search for a bare name
     }
   }
   return check(json, self_test_kind, path.empty() ? beside_this_program() : path);

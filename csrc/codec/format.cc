@@ -9,11 +9,11 @@ namespace tq {
 namespace {
 
 constexpr std::array<Format, 5> kFormats = {{
-    {0x0101, "turboquant_k8v4", KeyCodec::kFp8E4M3, 8, ValueCodec::kUniform, 4, false},
-    {0x0201, "turboquant_4bit_nc", KeyCodec::kLloydMax, 4, ValueCodec::kUniform, 4, false},
-    {0x0301, "turboquant_k3v4_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 4, false},
-    {0x0401, "turboquant_3bit_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 3, false},
-    {0x7f01, "raw_f32", KeyCodec::kF32, 32, ValueCodec::kF32, 32, true},
+    {kTurboquantK8V4, "turboquant_k8v4", KeyCodec::kFp8E4M3, 8, ValueCodec::kUniform, 4, false},
+    {kTurboquant4BitNc, "turboquant_4bit_nc", KeyCodec::kLloydMax, 4, ValueCodec::kUniform, 4, false},
+    {kTurboquantK3V4Nc, "turboquant_k3v4_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 4, false},
+    {kTurboquant3BitNc, "turboquant_3bit_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 3, false},
+    {kRawF32, "raw_f32", KeyCodec::kF32, 32, ValueCodec::kF32, 32, true},
 }};
 
 // Levenshtein distance, one row at a time.
@@ -50,10 +50,18 @@ const Format* find_format(std::string_view name) {
   return nullptr;
 }
 
-const Format& nearest_format(std::string_view name) {
-  return *std::min_element(kFormats.begin(), kFormats.end(), [name](const Format& a, const Format& b) {
-    return edit_distance(name, a.name) < edit_distance(name, b.name);
-  });
+const Format* nearest_format(std::string_view name) {
+  const Format* nearest = nullptr;
+  size_t least = SIZE_MAX;
+  for (const Format& format : kFormats) {
+    const std::string_view known = format.name;
+    const size_t distance = edit_distance(name, known);
+    // More than a third of the letters wrong is another name, not a misspelt one.
+    if (format.test_only || distance >= least || 3 * distance > std::max(name.size(), known.size())) continue;
+    nearest = &format;
+    least = distance;
+  }
+  return nearest;
 }
 
 }  // namespace tq

@@ -20,8 +20,17 @@ enum class ValueCodec : uint8_t {
   kF32,      // test only
 };
 
+// TqFormatId of the public header, which csrc/abi asserts.
+enum FormatId : uint32_t {
+  kTurboquantK8V4 = 0x0101,
+  kTurboquant4BitNc = 0x0201,
+  kTurboquantK3V4Nc = 0x0301,
+  kTurboquant3BitNc = 0x0401,
+  kRawF32 = 0x7f01,
+};
+
 struct Format {
-  uint32_t id;  // TqFormatId of the public header
+  FormatId id;
   const char* name;
   KeyCodec key_codec;
   int key_bits;
@@ -36,11 +45,19 @@ struct Format {
 };
 
 std::span<const Format> all_formats();
-const Format* find_format(uint32_t id);               // nullptr if unknown
-const Format* find_format(std::string_view name);     // nullptr if unknown
-const Format& nearest_format(std::string_view name);  // by edit distance, for error messages
+const Format* find_format(uint32_t id);            // nullptr if unknown
+const Format* find_format(std::string_view name);  // nullptr if unknown
+
+// The format that a misspelt name may mean, for error messages: nullptr if none is near, and never a test-only one.
+const Format* nearest_format(std::string_view name);
 
 constexpr int kMaxHeadDim = 512;
 constexpr int kHeadDimMultiple = 16;
+constexpr bool head_dim_served(int64_t dim) {
+  return dim >= kHeadDimMultiple && dim <= kMaxHeadDim && dim % kHeadDimMultiple == 0;
+}
+// head_dim_served in words, behind "it must be". A literal, as one sentence of the C ABI is static.
+#define TQ_HEAD_DIM_RULE "a multiple of 16 from 16 to 512"
+static_assert(kHeadDimMultiple == 16 && kMaxHeadDim == 512, "TQ_HEAD_DIM_RULE names these numbers");
 
 }  // namespace tq

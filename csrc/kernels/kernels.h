@@ -10,12 +10,13 @@
 
 #include "codec/format.h"
 #include "codec/lloyd_max.h"
+#include "kernels/public_numbers.h"
 #include "layout/page_layout.h"
 
 namespace tq {
 
 struct KernelStatus {
-  int code;  // TqCode of the public header
+  int code;  // StatusCode
   char message[256];
 };
 
@@ -134,7 +135,7 @@ struct DeviceState;  // one per backend, owned by the kernel library
 struct KernelApi {
   uint32_t struct_size;  // first, with build_id: all that the loader reads before it compares build ids
   const char* build_id;
-  int device_kind;  // TqDeviceKind
+  int device_kind;  // DeviceKind
 
   // OK if this machine has a device that the library serves; otherwise UNAVAILABLE with one sentence.
   KernelStatus (*probe)();

@@ -35,6 +35,10 @@ namespace tq {
 constexpr int kAtomTokens = 16;
 constexpr int kPageAlignment = 16;  // bytes; every row block, atom and page starts at a multiple of it
 
+// Far beyond any model; they keep the bytes of a page and its offsets within their integers.
+constexpr int kMaxHeads = 65536;      // of queries or of keys
+constexpr int kMaxBlockSize = 65536;  // tokens per page
+
 struct PageLayout {
   int key_bits;
   int value_bits;
@@ -78,7 +82,19 @@ constexpr PageLayout make_page_layout(const Format& format, int head_dim, int he
                     head_dim,        head_dim_v,        num_kv_heads,          block_size};
 }
 
-// 3-bit rows: bit position, within the second plane, of bit 2 of dimension d's code.
+// 3-bit rows. These functions say where everything is. Kernels take whole words apart at once instead of bit by bit, so
+// four places also know the order of bits within a word, and the tests of the stores and of attention hold them to the
+// functions: key_tile-inl.h and value_tile-inl.h of the CPU, where vectors of words become bytes; codes.cuh's
+// join_planes and store.cuh's store_unit of the GPUs, three operations each for 16 codes. cuda/key_tile.cuh's load of
+// two units at once still writes high_word_offset out.
+
+// Where the second plane of a row begins, and in it the word of dimensions 16 * unit and on, which two units share.
+TQ_HOST_DEVICE constexpr int high_plane_offset(int head_dim) { return head_dim / 4; }
+TQ_HOST_DEVICE constexpr int high_word_offset(int head_dim, int unit) {
+  return high_plane_offset(head_dim) + (unit >> 1) * 4;
+}
+
+// Bit position, within the second plane, of bit 2 of dimension d's code.
 TQ_HOST_DEVICE constexpr int high_plane_bit(int d, int head_dim) {
   const int unit = d / 32;
   const int r = d % 32;
@@ -89,10 +105,32 @@ TQ_HOST_DEVICE constexpr int high_plane_bit(int d, int head_dim) {
   return 32 * unit + 4 * i + 2 * h + g;
 }
 
+// The 16 bits of a trailing half unit, natural order, to and from their places in a full unit's word: bit 2i + g to 4i
+// + g.
+TQ_HOST_DEVICE constexpr uint32_t spread_half_unit(uint32_t x) {
+  x = (x | x << 8) & 0x00FF00FFu;
+  x = (x | x << 4) & 0x0F0F0F0Fu;
+  return (x | x << 2) & 0x33333333u;
+}
+TQ_HOST_DEVICE constexpr uint32_t gather_half_unit(uint32_t x) {
+  x &= 0x33333333u;
+  x = (x | x >> 2) & 0x0F0F0F0Fu;
+  x = (x | x >> 4) & 0x00FF00FFu;
+  return (x | x >> 8) & 0xFFFFu;
+}
+
 // The 4-bit nc preset at head_dim 128: 134 bytes per token and head, atoms of [1024 | 1024 | 96].
 static_assert(PageLayout{4, 4, true, true, 128, 128, 8, 64}.slot_bytes() == 134);
 static_assert(PageLayout{4, 4, true, true, 128, 128, 8, 64}.key_norm_offset(0) == 2048);
 static_assert(PageLayout{3, 3, true, true, 128, 128, 8, 64}.slot_bytes() == 102);
 static_assert(high_plane_bit(79, 80) == 79 && high_plane_bit(17, 80) == 3 && high_plane_bit(2, 80) == 4);
+
+static_assert([] {
+  for (int d = 0; d < 16; ++d) {
+    const uint32_t natural = uint32_t{1} << high_plane_bit(d, 16), word = uint32_t{1} << high_plane_bit(d, 32);
+    if (spread_half_unit(natural) != word || gather_half_unit(word) != natural) return false;
+  }
+  return true;
+}());
 
 }  // namespace tq

@@ -12,7 +12,7 @@ int unpack_code(const uint8_t* row, int bits, int head_dim, int d) {
   if (bits == 4) return (row[d / 2] >> (d % 2 * 4)) & 15;
   const int low = (row[d / 4] >> (d % 4 * 2)) & 3;
   const int bit = high_plane_bit(d, head_dim);
-  const int high = (row[head_dim / 4 + bit / 8] >> (bit % 8)) & 1;
+  const int high = (row[high_plane_offset(head_dim) + bit / 8] >> (bit % 8)) & 1;
   return low | high << 2;
 }
 
@@ -25,7 +25,7 @@ void pack_code(uint8_t* row, int bits, int head_dim, int d, int code) {
   } else {
     put(row[d / 4], code & 3, d % 4 * 2);
     const int bit = high_plane_bit(d, head_dim);
-    put(row[head_dim / 4 + bit / 8], code >> 2, bit % 8);
+    put(row[high_plane_offset(head_dim) + bit / 8], code >> 2, bit % 8);
   }
 }
 

@@ -1,12 +1,11 @@
 #include "planner/groups.h"
 
 #include <algorithm>
-#include <numeric>
+
+#include "planner/checked.h"
 
 namespace tq {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool same_blocks(const PageSpec& a, const PageSpec& b) {
   return a.kind == b.kind && a.block_size == b.block_size && a.window == b.window &&
@@ -48,7 +47,7 @@ struct Bucket {
   int64_t page_bytes_of_widest(std::span<const PageSpec> specs, int64_t num_groups) const {
     int64_t sum = 0;
     for (const auto& layers : by_page_size) {
-      sum += ceil_div(static_cast<int64_t>(layers.size()), num_groups) * specs[layers[0]].page_bytes;
+      sum = plus(sum, times(ceil_div(static_cast<int64_t>(layers.size()), num_groups), specs[layers[0]].page_bytes));
     }
     return sum;
   }
@@ -159,8 +158,8 @@ std::optional<Groups> group_side_by_side(std::span<const PageSpec> specs) {
 int64_t bytes_per_block(std::span<const PageSpec> specs, const Groups& groups) {
   int64_t widest = 0;
   for (const auto& group : groups) {
-    const int64_t bytes = std::accumulate(group.begin(), group.end(), int64_t{0},
-                                          [&](int64_t sum, int i) { return sum + specs[i].page_bytes; });
+    int64_t bytes = 0;
+    for (const int i : group) bytes = plus(bytes, specs[i].page_bytes);
     widest = std::max(widest, bytes);
   }
   return widest;

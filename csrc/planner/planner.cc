@@ -5,22 +5,19 @@
 #include <optional>
 
 #include "layout/page_layout.h"
+#include "planner/checked.h"
 #include "planner/groups.h"
 #include "planner/skip_layers.h"
 
 namespace tq {
 namespace {
 
-constexpr int kMaxBlockSize = 65536;
-constexpr int kMaxHeads = 1 << 16;
 constexpr int kMaxNativeHeadDim = 1 << 16;
 constexpr int64_t kMaxPageBytes = int64_t{1} << 40;
 constexpr int64_t kMaxModelLen = int64_t{1} << 40;
 constexpr double kMaxSequenceBytes = 0x1p62;
 
 std::string text(int64_t x) { return std::to_string(x); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 LayerKind kind_of(const LayerSpec& layer) {
   if (layer.state_bytes > 0) return LayerKind::kState;
@@ -105,7 +102,7 @@ struct Owners {
   int64_t largest_state = 0;
 
   int64_t content_bytes(size_t i, int block_size) const {
-    return state_bytes[i] > 0 ? state_bytes[i] : token_bytes[i] * block_size;
+    return state_bytes[i] > 0 ? state_bytes[i] : times(token_bytes[i], block_size);
   }
 };
 
@@ -141,7 +138,7 @@ int64_t blocks_of(const PageSpec& spec, int64_t tokens, const PlanRequest& r) {
       return r.blocks_per_state;
     case LayerKind::kSliding:
       // One more, as a window need not begin where a page does.
-      return ceil_div(std::min(spec.window - 1 + r.max_in_flight_tokens, tokens), spec.block_size) + 1;
+      return plus(ceil_div(std::min(plus(spec.window - 1, r.max_in_flight_tokens), tokens), spec.block_size), 1);
     default:
       return ceil_div(tokens, spec.block_size);
   }
@@ -150,7 +147,7 @@ int64_t blocks_of(const PageSpec& spec, int64_t tokens, const PlanRequest& r) {
 int64_t blocks_per_sequence(const std::vector<PageSpec>& specs, const Groups& groups, int64_t tokens,
                             const PlanRequest& r) {
   int64_t sum = 0;
-  for (const auto& group : groups) sum += blocks_of(specs[group[0]], tokens, r);
+  for (const auto& group : groups) sum = plus(sum, blocks_of(specs[group[0]], tokens, r));
   return sum;
 }
 
@@ -199,7 +196,7 @@ void try_equal_pages(const Owners& owners, const PlanRequest& r, int bound, std:
     }
     for (const int64_t size : sizes) {
       for (const int block_size : divisors) {
-        const int64_t page_bytes = size * block_size;
+        const int64_t page_bytes = times(size, block_size);
         if (page_bytes < owners.largest_state) continue;
         std::vector<PageSpec> specs = owners.specs;
         bool fits = true, padded = false;
@@ -221,7 +218,8 @@ void try_equal_pages(const Owners& owners, const PlanRequest& r, int bound, std:
   }
 }
 
-std::string no_plan(const Owners& owners, int bound) {
+// Why no page holds the largest state.
+std::string no_plan(const Owners& owners, const PlanRequest& r, int bound) {
   std::string names;
   int64_t count = 0, widest = 0;
   for (size_t i = 0; i < owners.layer.size(); ++i) {
@@ -229,10 +227,18 @@ std::string no_plan(const Owners& owners, int bound) {
     if (owners.state_bytes[i] <= 0) continue;
     if (++count <= 4) names += (names.empty() ? "" : ", ") + text(owners.layer[i]);
   }
-  return "layers " + names + (count > 4 ? " and " + text(count - 4) + " more" : "") + " hold a state of up to " +
-         text(owners.largest_state) + " bytes, and the largest page of a layer with keys and values has " +
-         text(widest * bound) + " bytes at max_block_size " + text(bound) + "; allow " +
-         text(ceil_div(owners.largest_state, widest)) + " tokens or more per page, or 0 to let it be chosen";
+  names = "layers " + names + (count > 4 ? " and " + text(count - 4) + " more" : "");
+  if (widest == 0) {
+    return names + " hold states of different sizes, up to " + text(owners.largest_state) +
+           " bytes, and no layer has keys and values whose page could hold them; state_bytes must be equal";
+  }
+  const int64_t most = times(widest, bound / r.block_size * r.block_size);
+  const int64_t needed = times(ceil_div(ceil_div(owners.largest_state, widest), r.block_size), r.block_size);
+  return names + " hold a state of up to " + text(owners.largest_state) +
+         " bytes, and the largest page of a layer with keys and values has " + text(most) +
+         " bytes at max_block_size " + text(bound) +
+         (needed <= kMaxBlockSize ? "; allow " + text(needed) + " tokens or more per page, or 0 to let it be chosen"
+                                  : "; no page has more than " + text(kMaxBlockSize) + " tokens");
 }
 
 // The bound of the search: the request's, or the default raised to where the narrowest layer's page holds a state.
@@ -241,28 +247,34 @@ int block_size_bound(const Owners& owners, const PlanRequest& r) {
   int64_t bound = std::max(kDefaultMaxBlockSize, r.block_size);
   for (const int64_t bytes : owners.token_bytes) {
     if (bytes > 0)
-      bound = std::max(bound, ceil_div(ceil_div(owners.largest_state, bytes), r.block_size) * r.block_size);
+      bound = std::max(bound, times(ceil_div(ceil_div(owners.largest_state, bytes), r.block_size), r.block_size));
   }
   return static_cast<int>(std::min<int64_t>(bound, kMaxBlockSize));
+}
+
+// As engines compute it, in double: the product of the rounded quotient can fall just below a whole number.
+int64_t kv_tokens(int64_t num_blocks, int64_t blocks_per_sequence, int64_t max_model_len) {
+  const double tokens =
+      static_cast<double>(num_blocks) / static_cast<double>(blocks_per_sequence) * static_cast<double>(max_model_len);
+  if (tokens >= 0x1p63) throw OutOfRange();
+  return static_cast<int64_t>(tokens);
 }
 
 void fill_capacity(const Candidate& c, const Owners& owners, const PlanRequest& r, Plan* plan) {
   plan->bytes_per_block = bytes_per_block(c.specs, c.groups);
   plan->num_blocks = r.memory_bytes / plan->bytes_per_block;
   if (r.max_model_len == 0) {
-    plan->kv_tokens = plan->num_blocks * c.specs[0].block_size;
-    plan->longest_sequence = std::max<int64_t>(plan->num_blocks - 1, 0) * c.specs[0].block_size;
+    plan->kv_tokens = times(plan->num_blocks, c.specs[0].block_size);
+    plan->longest_sequence = times(std::max<int64_t>(plan->num_blocks - 1, 0), c.specs[0].block_size);
     return;
   }
   plan->blocks_per_sequence = blocks_per_sequence(c.specs, c.groups, r.max_model_len, r);
-  // In double, as engines compute it: the product of the rounded quotient can fall just below a whole number.
-  plan->kv_tokens =
-      static_cast<int64_t>(static_cast<double>(plan->num_blocks) / static_cast<double>(plan->blocks_per_sequence) *
-                           static_cast<double>(r.max_model_len));
+  plan->kv_tokens = kv_tokens(plan->num_blocks, plan->blocks_per_sequence, r.max_model_len);
   for (const auto& group : c.groups) {
     int64_t content = 0;
-    for (const int i : group) content += owners.content_bytes(i, c.specs[i].block_size);
-    plan->waste_bytes += (plan->bytes_per_block - content) * blocks_of(c.specs[group[0]], r.max_model_len, r);
+    for (const int i : group) content = plus(content, owners.content_bytes(i, c.specs[i].block_size));
+    const int64_t waste = minus(plan->bytes_per_block, content);
+    plan->waste_bytes = plus(plan->waste_bytes, times(waste, blocks_of(c.specs[group[0]], r.max_model_len, r)));
   }
   int64_t low = 0, high = r.max_model_len;  // low fits, more than high does not
   while (low < high) {
@@ -282,7 +294,7 @@ void fill_layers(const Candidate& c, const Owners& owners, std::span<const Layer
     for (const int i : c.groups[g]) {
       const PageSpec& spec = c.specs[i];
       plan->layers[owners.layer[i]] = {static_cast<int>(g), spec.block_size, spec.page_bytes,
-                                       spec.page_bytes - owners.content_bytes(i, spec.block_size)};
+                                       minus(spec.page_bytes, owners.content_bytes(i, spec.block_size))};
     }
   }
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -292,21 +304,7 @@ void fill_layers(const Candidate& c, const Owners& owners, std::span<const Layer
   }
 }
 
-}  // namespace
-
-int slot_bytes(const LayerSpec& layer) {
-  return make_page_layout(*layer.format, layer.head_dim, layer.head_dim_v, layer.num_kv_heads, kAtomTokens)
-      .slot_bytes();
-}
-
-int64_t bytes_per_token(const LayerSpec& layer) {
-  if (layer.state_bytes > 0) return 0;
-  if (layer.format != nullptr) return int64_t{slot_bytes(layer)} * layer.num_kv_heads;
-  return int64_t{layer.num_kv_heads} * (layer.head_dim + layer.head_dim_v) * layer.native_bytes;
-}
-
-std::string plan_pages(std::span<const LayerSpec> layers, const PlanRequest& request, Plan* plan) {
-  if (std::string sentence = check_request(layers, request); !sentence.empty()) return sentence;
+std::string search(std::span<const LayerSpec> layers, const PlanRequest& request, Plan* plan) {
   const Owners owners = owners_of(layers);
   const int bound = block_size_bound(owners, request);
   for (size_t i = 0; i < owners.layer.size(); ++i) {
@@ -327,17 +325,41 @@ std::string plan_pages(std::span<const LayerSpec> layers, const PlanRequest& req
     try_equal_pages(owners, request, bound, &best);
     if (request.side_by_side) try_side_by_side(owners, request, bound, &best);
   }
-  if (!best.has_value()) return no_plan(owners, bound);
+  if (!best.has_value()) return no_plan(owners, request, bound);
   if (best->sequence_bytes > kMaxSequenceBytes) {
     return "a sequence of max_model_len tokens needs more than 2^62 bytes; that is no real model";
   }
 
-  *plan = {};
-  plan->strategy = best->strategy;
-  plan->num_groups = static_cast<int>(best->groups.size());
-  fill_layers(*best, owners, layers, plan);
-  fill_capacity(*best, owners, request, plan);
+  Plan found = {};
+  found.strategy = best->strategy;
+  found.num_groups = static_cast<int>(best->groups.size());
+  fill_layers(*best, owners, layers, &found);
+  fill_capacity(*best, owners, request, &found);
+  *plan = std::move(found);
   return "";
+}
+
+}  // namespace
+
+int slot_bytes(const LayerSpec& layer) {
+  return make_page_layout(*layer.format, layer.head_dim, layer.head_dim_v, layer.num_kv_heads, kAtomTokens)
+      .slot_bytes();
+}
+
+int64_t bytes_per_token(const LayerSpec& layer) {
+  if (layer.state_bytes > 0) return 0;
+  if (layer.format != nullptr) return times(slot_bytes(layer), layer.num_kv_heads);
+  return times(times(layer.num_kv_heads, plus(layer.head_dim, layer.head_dim_v)), layer.native_bytes);
+}
+
+std::string plan_pages(std::span<const LayerSpec> layers, const PlanRequest& request, Plan* plan) {
+  if (std::string sentence = check_request(layers, request); !sentence.empty()) return sentence;
+  try {
+    return search(layers, request, plan);
+  } catch (const OutOfRange&) {
+    return "memory_bytes is " + text(request.memory_bytes) + " and max_model_len " + text(request.max_model_len) +
+           "; for these layers they must give less than 2^63 KV tokens and bytes";
+  }
 }
 
 }  // namespace tq

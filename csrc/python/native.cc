@@ -5,10 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "bindings/narrow.h"
 #include "tq_backend.h"
 
 namespace py = pybind11;
@@ -44,6 +47,23 @@ template <class F, class... Args>
 void call(F function, Args... args) {
   TqError error = {sizeof(TqError), 0, ""};
   raise_if(function(args..., &error), error);
+}
+
+[[noreturn]] void fail(const std::string& sentence) { throw py::value_error(sentence); }
+
+int32_t int32(const std::string& name, int64_t value) { return tq::narrow<int32_t>(name, value, fail); }
+
+// A Python integer of any size.
+int64_t int64(const std::string& name, const py::handle& value) {
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  if (!number) {
+    PyErr_Clear();
+    fail(name + " is " + py::repr(value).cast<std::string>() + "; it must be an integer");
+  }
+  int overflow = 0;
+  const int64_t out = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+  if (overflow != 0) fail(name + " is beyond 64 bits; no such number is served");
+  return out;
 }
 
 template <class T>
@@ -85,12 +105,12 @@ py::list formats() {
   return out;
 }
 
-py::dict codebook(const std::string& format, const std::string& side, int head_dim, int group) {
+py::dict codebook(const std::string& format, const std::string& side, int64_t head_dim, int64_t group) {
   auto args = sized<TqCodebookArgs>();
   args.format_id = find_format(format).format_id;
   args.side = side_of(side);
-  args.head_dim = head_dim;
-  args.group = group;
+  args.head_dim = int32("head_dim", head_dim);
+  args.group = int32("group", group);
   auto book = sized<TqCodebook>();
   call(api().codebook, &args, &book, static_cast<float*>(nullptr), static_cast<float*>(nullptr), int64_t{0});
   std::vector<float> levels(static_cast<size_t>(book.num_levels)), midpoints(levels.size());
@@ -116,7 +136,7 @@ Rows fake_quantize(const std::string& format, const std::string& side, const Row
   auto args = sized<TqFakeQuantizeArgs>();
   args.format_id = find_format(format).format_id;
   args.side = side_of(side);
-  args.head_dim = static_cast<int32_t>(x.shape(1));
+  args.head_dim = int32("head_dim", x.shape(1));
   args.num_rows = x.shape(0);
   args.in = x.data();
   args.out = out.mutable_data();
@@ -124,19 +144,19 @@ Rows fake_quantize(const std::string& format, const std::string& side, const Row
   return out;
 }
 
-TqLayerDesc make_layer(const std::string& format, int num_kv_heads, int head_dim, int head_dim_v) {
+TqLayerDesc make_layer(const std::string& format, int64_t num_kv_heads, int64_t head_dim, int64_t head_dim_v) {
   auto layer = sized<TqLayerDesc>();
   layer.format_id = find_format(format).format_id;
-  layer.num_heads = num_kv_heads;
-  layer.num_kv_heads = num_kv_heads;
-  layer.head_dim = head_dim;
-  layer.head_dim_v = head_dim_v;
+  layer.num_kv_heads = int32("num_kv_heads", num_kv_heads);
+  layer.num_heads = layer.num_kv_heads;
+  layer.head_dim = int32("head_dim", head_dim);
+  layer.head_dim_v = int32("head_dim_v", head_dim_v);
   layer.dtype = TQ_DTYPE_F32;
   layer.attention_kind = TQ_ATTENTION_DECODER;
   return layer;
 }
 
-py::dict kv_cache_spec(const std::string& format, int num_kv_heads, int head_dim, int head_dim_v) {
+py::dict kv_cache_spec(const std::string& format, int64_t num_kv_heads, int64_t head_dim, int64_t head_dim_v) {
   const TqLayerDesc layer = make_layer(format, num_kv_heads, head_dim, head_dim_v);
   auto spec = sized<TqKvCacheSpec>();
   call(api().kv_cache_spec, &layer, &spec);
@@ -158,37 +178,44 @@ const char* strategy_name(int strategy) {
 
 // layers: dictionaries with the fields of TqPlanLayer, and format (a name, or None for the native cache) in place of
 // its id; what is left out is 0, and -1 for kv_sharing_target.
-py::dict plan_pages(const std::vector<py::dict>& layers, int block_size, int64_t memory_bytes, int64_t max_model_len,
-                    int64_t max_in_flight_tokens, int max_block_size, int blocks_per_state, bool side_by_side) {
+py::dict plan_pages(const std::vector<py::dict>& layers, int64_t block_size, int64_t memory_bytes,
+                    int64_t max_model_len, int64_t max_in_flight_tokens, int64_t max_block_size,
+                    int64_t blocks_per_state, bool side_by_side) {
   std::vector<TqPlanLayer> descs;
   for (const py::dict& layer : layers) {
-    auto get = [&layer](const char* key, int64_t otherwise) {
-      return layer.contains(key) ? layer[key].cast<int64_t>() : otherwise;
+    auto name_of = [&](const char* key) { return "layers[" + std::to_string(descs.size()) + "]." + key; };
+    auto get = [&](const char* key, int64_t otherwise) {
+      return layer.contains(key) ? int64(name_of(key), layer[key]) : otherwise;
     };
+    auto get_int32 = [&](const char* key, int64_t otherwise) { return int32(name_of(key), get(key, otherwise)); };
     auto desc = sized<TqPlanLayer>();
     if (layer.contains("format") && !layer["format"].is_none()) {
+      if (!py::isinstance<py::str>(layer["format"])) {
+        fail(name_of("format") + " is " + py::repr(layer["format"]).cast<std::string>() +
+             "; it must be a format's name, or None");
+      }
       desc.format_id = find_format(layer["format"].cast<std::string>()).format_id;
     }
-    desc.native_bytes = static_cast<int32_t>(get("native_bytes", 0));
-    desc.num_kv_heads = static_cast<int32_t>(get("num_kv_heads", 0));
-    desc.head_dim = static_cast<int32_t>(get("head_dim", 0));
-    desc.head_dim_v = static_cast<int32_t>(get("head_dim_v", 0));
-    desc.sliding_window = static_cast<int32_t>(get("sliding_window", 0));
-    const auto target = static_cast<int32_t>(get("kv_sharing_target", -1));
+    desc.native_bytes = get_int32("native_bytes", 0);
+    desc.num_kv_heads = get_int32("num_kv_heads", 0);
+    desc.head_dim = get_int32("head_dim", 0);
+    desc.head_dim_v = get_int32("head_dim_v", 0);
+    desc.sliding_window = get_int32("sliding_window", 0);
+    const int32_t target = get_int32("kv_sharing_target", -1);
     desc.shares_pages = target == -1 ? 0 : 1;
     desc.kv_sharing_target = target == -1 ? 0 : target;
     desc.state_bytes = get("state_bytes", 0);
     descs.push_back(desc);
   }
   auto request = sized<TqPlanRequest>();
-  request.block_size = block_size;
+  request.block_size = int32("block_size", block_size);
   request.layers = descs.data();
   request.num_layers = static_cast<int64_t>(descs.size());
   request.memory_bytes = memory_bytes;
   request.max_model_len = max_model_len;
   request.max_in_flight_tokens = max_in_flight_tokens;
-  request.max_block_size = max_block_size;
-  request.blocks_per_state = blocks_per_state;
+  request.max_block_size = int32("max_block_size", max_block_size);
+  request.blocks_per_state = int32("blocks_per_state", blocks_per_state);
   request.side_by_side = side_by_side ? 1 : 0;
   std::vector<TqPagePlan> rows(descs.size(), sized<TqPagePlan>());
   auto count = static_cast<int64_t>(rows.size());
@@ -217,14 +244,21 @@ py::dict plan_pages(const std::vector<py::dict>& layers, int block_size, int64_t
 }
 
 // kv_sharing_targets: of each layer the index of the one whose cache it reads, or -1.
-std::vector<int32_t> align_skip_layers(const std::vector<int32_t>& kv_sharing_targets,
-                                       const std::vector<int32_t>& skip_layers, int boundary_layers) {
+std::vector<int32_t> align_skip_layers(const std::vector<int64_t>& kv_sharing_targets,
+                                       const std::vector<int64_t>& skip_layers, int64_t boundary_layers) {
+  const auto int32s = [](const std::string& name, const std::vector<int64_t>& values) {
+    std::vector<int32_t> out;
+    for (const int64_t value : values) out.push_back(int32(name + "[" + std::to_string(out.size()) + "]", value));
+    return out;
+  };
+  const std::vector<int32_t> targets = int32s("kv_sharing_targets", kv_sharing_targets);
+  const std::vector<int32_t> skipped = int32s("skip_layers", skip_layers);
   auto request = sized<TqSkipRequest>();
-  request.boundary_layers = boundary_layers;
-  request.kv_sharing_targets = kv_sharing_targets.data();
-  request.num_layers = static_cast<int64_t>(kv_sharing_targets.size());
-  request.skip_layers = skip_layers.data();
-  request.num_skip_layers = static_cast<int64_t>(skip_layers.size());
+  request.boundary_layers = int32("boundary_layers", boundary_layers);
+  request.kv_sharing_targets = targets.data();
+  request.num_layers = static_cast<int64_t>(targets.size());
+  request.skip_layers = skipped.data();
+  request.num_skip_layers = static_cast<int64_t>(skipped.size());
   std::vector<int32_t> out(kv_sharing_targets.size());
   auto count = static_cast<int64_t>(out.size());
   call(api().align_skip_layers, &request, out.data(), &count);
@@ -254,20 +288,33 @@ py::list libraries(const std::optional<std::string>& kernels_dir) {
   return out;
 }
 
+int32_t number_of(const char* argument, const std::string& name,
+                  std::initializer_list<std::pair<const char*, int32_t>> known) {
+  std::string names;
+  for (const auto& [one, number] : known) {
+    if (name == one) return number;
+    names.append(names.empty() ? "" : ", ").append(one);
+  }
+  fail(std::string(argument) + " is '" + name + "'; it must be one of " + names);
+}
+
 // What check_layer of a backend of this kind ("cpu", "cuda", "hip") finds unmet: a list of sentences, empty if all is
 // served.
-std::vector<std::string> unmet(const std::string& kind, const std::string& format, int num_heads, int num_kv_heads,
-                               int head_dim, int head_dim_v, const std::string& attention_kind) {
+std::vector<std::string> unmet(const std::string& kind, const std::string& format, int64_t num_heads,
+                               int64_t num_kv_heads, int64_t head_dim, int64_t head_dim_v,
+                               const std::string& attention_kind) {
+  TqLayerDesc layer = make_layer(format, num_kv_heads, head_dim, head_dim_v);
+  layer.num_heads = int32("num_heads", num_heads);
   auto options = sized<TqBackendOptions>();
-  options.device_kind = kind == "cuda" ? TQ_DEVICE_CUDA : kind == "hip" ? TQ_DEVICE_HIP : TQ_DEVICE_CPU;
+  options.device_kind =
+      number_of("kind", kind, {{"cpu", TQ_DEVICE_CPU}, {"cuda", TQ_DEVICE_CUDA}, {"hip", TQ_DEVICE_HIP}});
   TqBackend* backend = nullptr;
   call(api().create_backend, &options, &backend);
-  TqLayerDesc layer = make_layer(format, num_kv_heads, head_dim, head_dim_v);
-  layer.num_heads = num_heads;
-  layer.attention_kind = attention_kind == "mla"       ? TQ_ATTENTION_MLA
-                         : attention_kind == "encoder" ? TQ_ATTENTION_ENCODER
-                         : attention_kind == "cross"   ? TQ_ATTENTION_CROSS
-                                                       : TQ_ATTENTION_DECODER;
+  layer.attention_kind = number_of("attention_kind", attention_kind,
+                                   {{"decoder", TQ_ATTENTION_DECODER},
+                                    {"encoder", TQ_ATTENTION_ENCODER},
+                                    {"cross", TQ_ATTENTION_CROSS},
+                                    {"mla", TQ_ATTENTION_MLA}});
   uint64_t bits = 0;
   TqError error = {sizeof(TqError), 0, ""};
   const int32_t code = api().check_layer(backend, &layer, &bits, &error);

@@ -13,7 +13,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -23,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/narrow.h"
 #include "tq_backend.h"
 
 // libtorch_cuda.so and libtorch_hip.so export it under this one name; null in a torch built for CPUs only.
@@ -35,6 +35,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 [[noreturn]] void fail(const std::string& sentence) { throw std::runtime_error("tq_backend: " + sentence); }
+
+int32_t int32(const char* name, int64_t value) { return tq::narrow<int32_t>(name, value, fail); }
 
 const TqApi& api() {
   static const TqApi* table = [] {
@@ -58,7 +60,7 @@ TqBackend* cpu_backend() {
   static TqBackend* backend = [] {
     static TqParallelFor pool = {};
     pool.struct_size = sizeof(pool);
-    pool.num_threads = static_cast<int32_t>(torch::stable::get_num_threads());
+    pool.num_threads = int32("torch's number of threads", torch::stable::get_num_threads());
     pool.run = [](void*, int64_t count, void (*task)(void*, int64_t), void* arg) {
       torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) task(arg, i);
@@ -212,11 +214,11 @@ TqLayerDesc make_layer(int64_t format_id, int64_t num_heads, int64_t num_kv_head
                        int32_t dtype) {
   TqLayerDesc layer = {};
   layer.struct_size = sizeof(layer);
-  layer.format_id = static_cast<uint32_t>(format_id);
-  layer.num_heads = static_cast<int32_t>(num_heads);
-  layer.num_kv_heads = static_cast<int32_t>(num_kv_heads);
-  layer.head_dim = static_cast<int32_t>(head_dim);
-  layer.head_dim_v = static_cast<int32_t>(head_dim_v);
+  layer.format_id = tq::narrow<uint32_t>("format_id", format_id, fail);
+  layer.num_heads = int32("num_heads", num_heads);
+  layer.num_kv_heads = int32("num_kv_heads", num_kv_heads);
+  layer.head_dim = int32("head_dim", head_dim);
+  layer.head_dim_v = int32("head_dim_v", head_dim_v);
   layer.dtype = dtype;
   layer.attention_kind = TQ_ATTENTION_DECODER;
   return layer;
@@ -237,17 +239,17 @@ TqPages make_pages(const Place& place, const Tensor& t, const TqLayerDesc& layer
   TqKvCacheSpec spec = {};
   spec.struct_size = sizeof(spec);
   call(api().kv_cache_spec, &layer, &spec);
+  TqPages pages = {};
+  pages.struct_size = sizeof(pages);
+  pages.block_size = int32("block_size", block_size);
   if (block_size <= 0 || run < spec.bytes_per_token * block_size) {
     fail("pages has " + std::to_string(run) + " bytes in a block; " + std::to_string(block_size) +
          " tokens of this layer need " + std::to_string(spec.bytes_per_token * block_size));
   }
-  TqPages pages = {};
-  pages.struct_size = sizeof(pages);
   pages.format_id = layer.format_id;
   pages.data = t.data_ptr();
   pages.num_blocks = t.size(0);
   pages.block_stride_bytes = t.size(0) > 1 ? t.stride(0) : run;
-  pages.block_size = static_cast<int32_t>(block_size);
   return pages;
 }
 
@@ -301,12 +303,12 @@ void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tens
   need_size("query_start_loc", query_start_loc, 0, num_seqs + 1);
   need_rows("block_table", block_table, num_seqs);
   TqLayerDesc layer = make_layer(format_id, query.size(1), num_kv_heads, query.size(2), out.size(2), dtype);
-  layer.sliding_window = static_cast<int32_t>(sliding_window);
-  layer.soft_cap = static_cast<float>(soft_cap);
+  layer.sliding_window = int32("sliding_window", sliding_window);
+  layer.soft_cap = tq::narrow_float("soft_cap", soft_cap, fail);
   const TqPages cache = make_pages(place, pages, layer, block_size);
   TqAttendArgs args = {};
   args.struct_size = sizeof(args);
-  args.num_seqs = static_cast<int32_t>(num_seqs);
+  args.num_seqs = int32("the number of sequences", num_seqs);
   args.layer = &layer;
   args.pages = &cache;
   args.num_tokens = query.size(0);
@@ -320,11 +322,10 @@ void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tens
   args.seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr());
   args.block_table = static_cast<const int32_t*>(block_table.data_ptr());
   args.block_table_stride = block_table.stride(0);
-  args.max_blocks_per_seq = static_cast<int32_t>(block_table.size(1));
-  args.scale = static_cast<float>(scale);
+  args.max_blocks_per_seq = int32("block_table's number of columns", block_table.size(1));
+  args.scale = tq::narrow_float("scale", scale, fail);
   args.causal = causal ? 1 : 0;
-  args.max_query_len =
-      static_cast<int32_t>(std::clamp<int64_t>(max_query_len, -1, std::numeric_limits<int32_t>::max()));
+  args.max_query_len = int32("max_query_len", max_query_len);
   args.sinks = head_floats(place, "sinks", sinks, query.size(1));
   args.alibi_slopes = head_floats(place, "alibi_slopes", alibi_slopes, query.size(1));
   if (lse.has_value()) {
@@ -339,7 +340,7 @@ void attend(Tensor query, Tensor out, Tensor pages, Tensor query_start_loc, Tens
     need_size("spans", *spans, 0, num_seqs);
     need_size("spans", *spans, 2, 2);
     if (!spans->is_contiguous()) fail("spans is not contiguous");
-    args.max_spans = static_cast<int32_t>(spans->size(1));
+    args.max_spans = int32("the number of spans", spans->size(1));
     if (args.max_spans > 0) args.spans = static_cast<const int32_t*>(spans->data_ptr());
   }
   args.workspace = workspace.data_ptr();
@@ -373,8 +374,8 @@ void dequant_kv(Tensor pages, Tensor block_table, Tensor first_tokens, Tensor to
   args.keep_rotated = keep_rotated ? 1 : 0;
   args.layer = &layer;
   args.pages = &cache;
-  args.num_seqs = static_cast<int32_t>(num_seqs);
-  args.max_blocks_per_seq = static_cast<int32_t>(block_table.size(1));
+  args.num_seqs = int32("the number of sequences", num_seqs);
+  args.max_blocks_per_seq = int32("block_table's number of columns", block_table.size(1));
   args.block_table = static_cast<const int32_t*>(block_table.data_ptr());
   args.block_table_stride = block_table.stride(0);
   args.first_tokens = static_cast<const int32_t*>(first_tokens.data_ptr());
@@ -401,7 +402,7 @@ void rotate(Tensor x, Tensor out, int64_t format_id) {
   const TqLayerDesc layer = make_layer(format_id, x.size(1), x.size(1), x.size(2), x.size(2), dtype);
   TqRotateArgs args = {};
   args.struct_size = sizeof(args);
-  args.num_heads = static_cast<int32_t>(x.size(1));
+  args.num_heads = layer.num_heads;
   args.side = TQ_SIDE_KEY;
   args.layer = &layer;
   args.num_tokens = x.size(0);

@@ -231,6 +231,17 @@ TEST_F(BadInput, HostFunctions) {
   info.struct_size = sizeof(info);
   EXPECT_EQ(api().format_by_name("turboquant_4bit", &info, &error), TQ_NOT_FOUND);
   EXPECT_NE(std::string(error.message).find("did you mean 'turboquant_4bit_nc'"), std::string::npos) << error.message;
+  for (const char* name : {"auto", "raw_f23"}) {
+    EXPECT_EQ(api().format_by_name(name, &info, &error), TQ_NOT_FOUND);
+    EXPECT_EQ(std::string(error.message), std::string("there is no KV format '") + name +
+                                              "'. Formats are turboquant_k8v4, turboquant_4bit_nc, turboquant_k3v4_nc, "
+                                              "turboquant_3bit_nc");
+  }
+  layer.format_id = 77;
+  EXPECT_EQ(api().kv_cache_spec(&layer, nullptr, &error), TQ_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(error.message).find("known formats are 257 turboquant_k8v4"), std::string::npos);
+  EXPECT_EQ(std::string(error.message).find("raw_f32"), std::string::npos) << error.message;
+  layer.format_id = TQ_FORMAT_TURBOQUANT_4BIT_NC;
   EXPECT_EQ(api().format_by_name(nullptr, &info, &error), TQ_INVALID_ARGUMENT);
   float x[16] = {};
   EXPECT_EQ(fake_quantize(TQ_FORMAT_TURBOQUANT_K8V4, TQ_SIDE_KEY, 17, 1, x, x, &error), TQ_INVALID_ARGUMENT);

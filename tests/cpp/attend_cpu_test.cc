@@ -177,6 +177,20 @@ TEST(AttendCpu, ExtremeScores) {
   }
 }
 
+// A sink of +inf takes all weight: the row is zeros and its LSE the largest finite float. One of -inf takes none.
+TEST(AttendCpu, ExtremeSinks) {
+  for (const Format& format : all_formats()) {
+    Config c = simple_config(format.name, 3, 3001);
+    c.sinks = c.extreme_sinks = true;
+    c.query_lens.push_back(2);
+    c.seq_lens.push_back(40);
+    CpuDevice device;
+    Case test(c, 13);
+    EXPECT_LE(run_and_compare(test, device.get()), 1e-3) << format.name;
+    EXPECT_EQ(test.lse[0], std::numeric_limits<float>::max());
+  }
+}
+
 // Queries with NaN or infinity spoil their own row at most.
 TEST(AttendCpu, BadQueryStaysInItsRow) {
   for (const Format& format : all_formats()) {

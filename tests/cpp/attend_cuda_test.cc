@@ -187,6 +187,17 @@ TEST_F(AttendCuda, ExtremeScores) {
   }
 }
 
+// A sink of +inf takes all weight, and its LSE is the largest finite float; one of -inf takes none. Decode, prefill.
+TEST_F(AttendCuda, ExtremeSinks) {
+  for (const int query_len : {1, 40}) {
+    Config c = simple_config("turboquant_4bit_nc", query_len, {300, 41});
+    c.sinks = c.extreme_sinks = true;
+    CudaCase test(c, 12, device);
+    EXPECT_LE(test.run_and_compare(), cuda_tolerance(c.dtype)) << query_len;
+    EXPECT_EQ(test.host.lse[0], std::numeric_limits<float>::max()) << query_len;
+  }
+}
+
 TEST_F(AttendCuda, BadQueryStaysInItsRow) {
   for (const int query_len : {2, 30}) {
     Config c = simple_config("turboquant_4bit_nc", query_len, {100});

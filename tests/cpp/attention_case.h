@@ -73,15 +73,16 @@ struct Config {
   int window = 0;
   float soft_cap = 0;
   bool sinks = false, alibi = false;
-  int max_spans = 0;  // bidirectional spans of each sequence
+  bool extreme_sinks = false;  // with sinks: those that take all weight, or none
+  int max_spans = 0;           // bidirectional spans of each sequence
   float query_scale = 2.0f, value_mean = 0.3f;
 
   std::string describe() const {
     std::ostringstream s;
     s << format->name << " dtype " << static_cast<int>(dtype) << " heads " << num_heads << ":" << num_kv_heads
       << " dim " << head_dim << "/" << head_dim_v << " block " << block_size << (causal ? " causal" : " full")
-      << " window " << window << " cap " << soft_cap << (sinks ? " sinks" : "") << (alibi ? " alibi" : "") << " spans "
-      << max_spans << " lens";
+      << " window " << window << " cap " << soft_cap << (extreme_sinks ? " extreme" : "") << (sinks ? " sinks" : "")
+      << (alibi ? " alibi" : "") << " spans " << max_spans << " lens";
     for (size_t i = 0; i < seq_lens.size(); ++i) s << " " << query_lens[i] << "/" << seq_lens[i];
     return s.str();
   }
@@ -118,6 +119,8 @@ class Case {
       sinks.push_back(normal(rng) * 3);
       slopes.push_back(std::exp2(-8.0f * static_cast<float>(h + 1) / static_cast<float>(c.num_heads)));
     }
+    constexpr float kExtreme[] = {INFINITY, std::numeric_limits<float>::max(), -INFINITY, 0.5f};
+    for (int h = 0; c.extreme_sinks && h < c.num_heads; ++h) sinks[h] = kExtreme[h % 4];
     for (int s = 0; s < num_seqs; ++s) {
       for (int i = 0; i < c.max_spans; ++i) {
         int first = c.seq_lens[s] > 0 ? static_cast<int>(rng() % c.seq_lens[s]) : 0;
@@ -219,7 +222,9 @@ class Case {
     const int n = c.seq_lens[s], position = n - c.query_lens[s] + q;
     const int64_t token = start[s] + q;
     std::vector<double> score(n, -INFINITY);
-    double max = c.sinks ? sinks[h] : -INFINITY;
+    // A sink of +inf counts as the largest finite float.
+    const double sink = c.sinks ? std::min(sinks[h], std::numeric_limits<float>::max()) : -INFINITY;
+    double max = sink;
     bool any = false;
     for (int t = 0; t < n; ++t) {
       bool seen = (!c.causal || t <= position) && (c.window == 0 || t > position - c.window);
@@ -240,7 +245,7 @@ class Case {
       max = std::max(max, x);
       any = true;
     }
-    double sum = c.sinks ? std::exp(sinks[h] - max) : 0;
+    double sum = sink != -INFINITY ? std::exp(sink - max) : 0;
     for (double x : score) sum += x == -INFINITY ? 0 : std::exp(x - max);
     std::vector<double> want(c.head_dim_v);
     for (int t = 0; t < n; ++t) {
@@ -256,7 +261,7 @@ class Case {
       if (!(std::fabs(got - want[d]) <= 1e30)) return INFINITY;  // NaN
       error = std::max(error, std::fabs(got - want[d]) - smallest_step);
     }
-    const double want_lse = any || c.sinks ? max + std::log(sum) : -INFINITY;
+    const double want_lse = any || sink != -INFINITY ? max + std::log(sum) : -INFINITY;
     const double got_lse = lse[token * c.num_heads + h];
     if (want_lse == -INFINITY) {
       EXPECT_EQ(got_lse, -INFINITY);

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <numbers>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "codec/float_bits.h"
@@ -271,9 +272,19 @@ TEST(Reference, ExtremeInputsStayFinite) {
 }
 
 TEST(Formats, NearestNameIsByEditDistance) {
-  EXPECT_STREQ(nearest_format("turboquant_4bit").name, "turboquant_4bit_nc");
-  EXPECT_STREQ(nearest_format("turboqant_k8v4").name, "turboquant_k8v4");
-  EXPECT_EQ(find_format(std::string_view("fp8")), nullptr);
+  const auto nearest = [](std::string_view name) {
+    const Format* format = nearest_format(name);
+    return std::string(format != nullptr ? format->name : "");
+  };
+  EXPECT_EQ(nearest("turboquant_4bit"), "turboquant_4bit_nc");
+  EXPECT_EQ(nearest("turboqant_k8v4"), "turboquant_k8v4");
+  EXPECT_EQ(nearest("TURBOQUANT"), "");
+  EXPECT_EQ(nearest("turboquant"), "turboquant_k8v4");
+  // Other names, and the test-only one: nobody meant a format by them.
+  for (const char* name : {"auto", "fp8", "fp8_e5m2", "int8", "raw_f32", "raw_f23", "", "bfloat16", "nvfp4"}) {
+    EXPECT_EQ(nearest(name), "") << name;
+  }
+  EXPECT_EQ(nearest(std::string(100000, 'x')), "");
 }
 
 }  // namespace

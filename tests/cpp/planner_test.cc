@@ -174,9 +174,56 @@ TEST(Planner, NoPlanSaysWhichLayersAndWhatToSet) {
   const Layers layers = {state(1 << 20), packed("turboquant_4bit_nc"), state(1 << 20)};
   const std::string sentence = plan_pages(layers, r, &plan);
   EXPECT_NE(sentence.find("layers 0, 2 hold a state of up to 1048576 bytes"), std::string::npos) << sentence;
-  EXPECT_NE(sentence.find("max_block_size 64; allow 979 tokens"), std::string::npos) << sentence;
+  EXPECT_NE(sentence.find("max_block_size 64; allow 992 tokens"), std::string::npos) << sentence;
   r.max_block_size = 0;
   EXPECT_EQ(plan_pages(layers, r, &plan), "");
+}
+
+// States of two sizes and no layer whose page could hold either: this divided by zero.
+TEST(Planner, StatesAloneMustBeOfOneSize) {
+  const Layers layers = {state(1000), state(2000)};
+  PlanRequest r = request();
+  Plan plan;
+  for (const bool side_by_side : {false, true}) {
+    r.side_by_side = side_by_side;
+    const std::string sentence = plan_pages(layers, r, &plan);
+    if (side_by_side) {
+      EXPECT_EQ(sentence, "");  // 2000 is a multiple of the alignment
+      EXPECT_EQ(plan.bytes_per_block, 2000);
+    } else {
+      EXPECT_NE(sentence.find("layers 0, 1 hold states of different sizes, up to 2000 bytes"), std::string::npos)
+          << sentence;
+    }
+  }
+  EXPECT_NE(plan_pages(Layers{state(1001), state(2001)}, r, &plan), "");
+}
+
+// No page of the widest layer holds the state, whatever is allowed.
+TEST(Planner, AStateLargerThanAnyPage) {
+  PlanRequest r = request(48);
+  r.max_block_size = 100;
+  Plan plan;
+  const std::string bound = plan_pages(Layers{state(134 * 97), packed("turboquant_4bit_nc", 1)}, r, &plan);
+  EXPECT_NE(bound.find("has 12864 bytes at max_block_size 100; allow 144 tokens"), std::string::npos) << bound;
+  r.max_block_size = 0;
+  const std::string sentence = plan_pages(Layers{state(int64_t{1} << 40), packed("turboquant_4bit_nc")}, r, &plan);
+  EXPECT_NE(sentence.find("no page has more than 65536 tokens"), std::string::npos) << sentence;
+}
+
+// 2^36 sequences of 2^40 tokens would fit; the number of tokens does not fit in 63 bits.
+TEST(Planner, MoreTokensThanANumberHolds) {
+  PlanRequest r = request(16, 1024 * kGiB, int64_t{1} << 40);
+  r.max_in_flight_tokens = 0;
+  Plan plan = {};
+  plan.kv_tokens = 7;
+  const std::string sentence = plan_pages(Layers{native(1, 1, 1)}, r, &plan);
+  EXPECT_NE(sentence.find("memory_bytes is 1099511627776 and max_model_len 1099511627776; for these layers they must "
+                          "give less than 2^63 KV tokens"),
+            std::string::npos)
+      << sentence;
+  EXPECT_EQ(plan.kv_tokens, 7) << "nothing is written with a sentence";
+  r.max_model_len = 1 << 20;
+  EXPECT_EQ(plan_pages(Layers{native(1, 1, 1)}, r, &plan), "");
 }
 
 // A sequence fits if its blocks and the one that the engine keeps back do.

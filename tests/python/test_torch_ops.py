@@ -52,8 +52,62 @@ def test_max_query_len_is_a_bound_or_0():
         torch_ops().attend(**given, max_query_len=bound)
     with pytest.raises(RuntimeError, match=r"max_query_len is 2; sequence 1 has 3 query tokens"):
         torch_ops().attend(**given, max_query_len=2)
-    with pytest.raises(RuntimeError, match=r"max_query_len is -1; it must be 0 \(not known\) or an upper bound"):
+    with pytest.raises(RuntimeError, match=r"max_query_len is -5; it must be 0 \(not known\) or an upper bound"):
         torch_ops().attend(**given, max_query_len=-5)
+
+
+# What a cast to 32 bits makes of them: the number that was there, none, and a negative one.
+BEYOND_32_BITS = (2**32, -(2**32), 2**32 + 16, 2**33, -(2**33), 2**63 - 1, -(2**63))
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "format_id", "num_kv_heads", "block_size", "max_query_len"])
+@pytest.mark.parametrize("added", BEYOND_32_BITS)
+def test_integers_of_attend_are_not_cut(name: str, added: int):
+    given = arguments() | {"max_query_len": 3}
+    torch_ops().attend(**given)
+    value = max(-(2**63), min(2**63 - 1, given[name] + added))
+    with pytest.raises(RuntimeError, match=rf"tq_backend: {name} is {value}; it must be from "):
+        torch_ops().attend(**given | {name: value})
+
+
+@pytest.mark.parametrize("added", BEYOND_32_BITS)
+def test_integers_of_the_other_operators_are_not_cut(added: int):
+    def beyond(value: int) -> int:
+        return max(-(2**63), min(2**63 - 1, value + added))
+
+    spec = native().kv_cache_spec(FORMAT, KV_HEADS, DIM)
+    key = torch.zeros(1, KV_HEADS, DIM)
+    pages = torch.zeros(1, spec["bytes_per_token"] * BLOCK, dtype=torch.uint8)
+    for format_id, block_size, name in (
+        (beyond(spec["format_id"]), BLOCK, "format_id"),
+        (spec["format_id"], beyond(BLOCK), "block_size"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{name} is -?\d+; it must be from "):
+            torch_ops().store_kv(key, key, pages, torch.zeros(1, dtype=torch.int64), format_id, block_size)
+        with pytest.raises(RuntimeError, match=rf"{name} is -?\d+; it must be from "):
+            torch_ops().dequant_kv(**dequant_arguments() | {"format_id": format_id, "block_size": block_size})
+    with pytest.raises(RuntimeError, match=r"format_id is -?\d+; it must be from 0 to 4294967295"):
+        torch_ops().rotate(key, torch.zeros_like(key), beyond(spec["format_id"]))
+    sizes = {
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "head_dim": DIM,
+        "head_dim_v": DIM,
+        "format_id": spec["format_id"],
+    }
+    assert torch_ops().workspace_size(**sizes, num_tokens=4, num_seqs=2) > 0
+    for name, size in sizes.items():
+        with pytest.raises(RuntimeError, match=rf"{name} is -?\d+; it must be from "):
+            torch_ops().workspace_size(**sizes | {name: beyond(size)}, num_tokens=4, num_seqs=2)
+    with pytest.raises(RuntimeError, match=r"device_index is -?\d+; it must be -1 for the CPU"):
+        torch_ops().counters(beyond(-1))
+
+
+def test_floats_of_attend_stay_what_they_are():
+    """1e-60 as a float32 is 0, which for a soft cap means none."""
+    for name, value in (("soft_cap", 1e-60), ("soft_cap", 1e300), ("scale", 1e-60), ("scale", -1e300)):
+        with pytest.raises(RuntimeError, match=rf"{name} is .*; a 32-bit float does not hold it"):
+            torch_ops().attend(**arguments() | {name: value})
 
 
 def test_spans_are_checked():

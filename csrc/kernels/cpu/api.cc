@@ -1,19 +1,16 @@
 // api.cc - the one export of libtq_kernels_cpu.so: the private function table.
+#include <cstdio>
 #include <exception>
 #include <new>
 
 #include "build_id.h"
+#include "elf/build_note.h"
 #include "hwy/targets.h"
 #include "kernels/cpu/attend_task.h"
 #include "kernels/cpu/device.h"
 
 namespace tq {
 namespace {
-
-constexpr int kCpuDevice = 1;                      // TQ_DEVICE_CPU
-constexpr int kResourceExhausted = 8;              // TQ_RESOURCE_EXHAUSTED
-constexpr int kInternal = 13;                      // TQ_INTERNAL
-[[maybe_unused]] constexpr int kUnavailable = 14;  // TQ_UNAVAILABLE
 
 // No exception leaves the library: what can throw in here is the standard library's allocator and its threads.
 template <class F>
@@ -38,8 +35,14 @@ KernelStatus probe() {
   return {0, ""};
 }
 
-KernelStatus create(int, const ParallelFor* parallel_for, DeviceState** out) {
+KernelStatus create(int device_index, const ParallelFor* parallel_for, DeviceState** out) {
   return guarded([&]() -> KernelStatus {
+    if (device_index != 0) {
+      KernelStatus status = {kInvalidArgument, ""};
+      std::snprintf(status.message, sizeof(status.message),
+                    "options.device_index is %d; all cores of a machine are the one CPU device, 0", device_index);
+      return status;
+    }
     auto state = std::make_unique<DeviceState>();
     if (parallel_for != nullptr) {
       state->parallel_for = *parallel_for;
@@ -79,6 +82,8 @@ KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
 KernelStatus rotate(DeviceState* state, const RotateParams& p) {
   return guarded([&] { return cpu_rotate(state, p); });
 }
+
+TQ_BUILD_NOTE(kBuildId);
 
 constexpr KernelApi kApi = {
     sizeof(KernelApi),   kBuildId,  kCpuDevice, &probe,      &create,     &destroy, &device_name, &counters, &supports,

@@ -1,17 +1,29 @@
 #include "kernels/cpu/thread_pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace tq {
+namespace {
 
+// How many forks lie between the process that loaded this library and this one. A process id would not do: a child in a
+// new PID namespace can have its parent's.
+std::atomic<int> generation_of_process{0};
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { ++generation_of_process; });
+
+}  // namespace
+
+// The threads of one process, and what they share.
 struct ThreadPool::State {
+  const int process = generation_of_process;
   std::mutex call_mutex;  // one parallel_for at a time
   std::mutex mutex;
   std::condition_variable start;
@@ -43,40 +55,66 @@ struct ThreadPool::State {
     }
   }
 
-  static void run(void* context, int64_t num_tasks, void (*task)(void*, int64_t), void* arg) {
-    State& s = *static_cast<State*>(context);
-    std::lock_guard call(s.call_mutex);
+  void run(int64_t count, void (*f)(void*, int64_t), void* with) {
+    std::lock_guard call(call_mutex);
     {
-      std::lock_guard lock(s.mutex);
-      s.task = task;
-      s.arg = arg;
-      s.num_tasks = num_tasks;
-      s.next = 0;
-      s.running = static_cast<int>(s.threads.size());
-      ++s.generation;
+      std::lock_guard lock(mutex);
+      task = f;
+      arg = with;
+      num_tasks = count;
+      next = 0;
+      running = static_cast<int>(threads.size());
+      ++generation;
     }
-    s.start.notify_all();
-    s.drain();
-    std::unique_lock lock(s.mutex);
-    s.done.wait(lock, [&] { return s.running == 0; });
+    start.notify_all();
+    drain();
+    std::unique_lock lock(mutex);
+    done.wait(lock, [&] { return running == 0; });
+  }
+
+  explicit State(int num_threads) {
+    try {
+      for (int i = 1; i < num_threads; ++i) threads.emplace_back([this] { worker(); });
+    } catch (...) {  // a thread that is not joined would end the process
+      join();
+      throw;
+    }
+  }
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
+  ~State() { join(); }
+
+  void join() {
+    {
+      std::lock_guard lock(mutex);
+      stop = true;
+    }
+    start.notify_all();
+    for (std::thread& thread : threads) thread.join();
+    threads.clear();
   }
 };
 
-ThreadPool::ThreadPool(int num_threads) : state_(std::make_unique<State>()) {
-  for (int i = 1; i < num_threads; ++i) state_->threads.emplace_back([s = state_.get()] { s->worker(); });
+ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), state_(new State(num_threads)) {}
+
+// fork() copies the State and none of its threads, and whatever a thread of the parent held at that moment stays locked
+// for ever. So a child leaves the State that it was born with alone, its memory included.
+ThreadPool::~ThreadPool() {
+  if (const State* s = state_; s->process == generation_of_process) delete s;
 }
 
-ThreadPool::~ThreadPool() {
-  {
-    std::lock_guard lock(state_->mutex);
-    state_->stop = true;
-  }
-  state_->start.notify_all();
-  for (std::thread& thread : state_->threads) thread.join();
+ThreadPool::State& ThreadPool::state() {
+  State* s = state_;
+  if (s->process == generation_of_process) return *s;
+  auto made = std::make_unique<State>(num_threads_);
+  // Another thread of this child may have been faster; then s is what it made.
+  return state_.compare_exchange_strong(s, made.get()) ? *made.release() : *s;
 }
 
 ParallelFor ThreadPool::parallel_for() {
-  return {static_cast<int>(state_->threads.size()) + 1, state_.get(), &State::run};
+  return {num_threads_, this, [](void* context, int64_t num_tasks, void (*task)(void*, int64_t), void* arg) {
+            static_cast<ThreadPool*>(context)->state().run(num_tasks, task, arg);
+          }};
 }
 
 int usable_cores() {

@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "build_id.h"
+#include "elf/build_note.h"
 #include "kernels/cuda/decode_memory.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/instances.h"
@@ -79,8 +80,6 @@ namespace {
 
 using cuda::unavailable;
 
-constexpr int kCudaDevice = 2;  // TQ_DEVICE_CUDA
-
 // Whether a device can run this library's kernels: asked of a kernel, not of a version number.
 KernelStatus check_device(int index) {
   cudaDeviceProp properties;
@@ -124,7 +123,7 @@ KernelStatus create(int device_index, const ParallelFor*, DeviceState** out) {
   try {
     state = std::make_unique<DeviceState>();
   } catch (const std::exception&) {
-    return {cuda::kResourceExhausted, "host memory is exhausted"};
+    return {kResourceExhausted, "host memory is exhausted"};
   }
   cudaDeviceProp properties;
   cudaGetDeviceProperties(&properties, device_index);
@@ -164,7 +163,7 @@ KernelStatus on_device(DeviceState* state, F&& f) noexcept {
   try {
     status = f();
   } catch (const std::exception&) {
-    status = {cuda::kResourceExhausted, "host memory is exhausted"};
+    status = {kResourceExhausted, "host memory is exhausted"};
   }
   if (before != state->index) cudaSetDevice(before);
   return status;
@@ -186,6 +185,8 @@ KernelStatus copy_pages(DeviceState* state, const CopyParams& p) {
 KernelStatus rotate(DeviceState* state, const RotateParams& p) {
   return on_device(state, [&] { return cuda::rotate(state, p); });
 }
+
+TQ_BUILD_NOTE(kBuildId);
 
 constexpr KernelApi kApi = {
     sizeof(KernelApi), kBuildId,     kCudaDevice, &cuda::probe,    &create,

@@ -114,14 +114,7 @@ struct Combined {
     const int column = row.first_column + n;
     const int64_t token = row.q_start + p.group.divide(column);
     const int head = row.head * static_cast<int>(p.group.value) + p.group.rest(column);
-    float f = 1.0f;
-    if (a.sinks != nullptr) {
-      const float sink = a.sinks[head] * kLog2e;
-      const float higher = fmaxf(reference, sink);
-      f = exp2_approx(reference - higher);
-      sum = fmaf(sum, f, exp2_approx(sink - higher));
-      reference = higher;
-    }
+    const float f = a.sinks != nullptr ? add_sink(a.sinks[head], reference, sum) : 1.0f;
     const float scale = sum == 0.0f ? 0.0f : __fdividef(f, sum);
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
@@ -131,7 +124,7 @@ struct Combined {
       store_4(a.dtype, a.out, token * a.out_token_stride + head * a.out_head_stride + d, x, p.vector_out);
     }
     if (a.lse != nullptr && lane == 0) {
-      a.lse[token * a.num_heads + head] = sum == 0.0f ? -INFINITY : kLn2 * (reference + log2_approx(sum));
+      a.lse[token * a.num_heads + head] = natural_lse(reference, sum, log2_approx(sum));
     }
   }
 };

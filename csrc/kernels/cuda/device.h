@@ -28,8 +28,6 @@ struct DeviceState {
 
 namespace cuda {
 
-constexpr int kUnimplemented = 12, kInternal = 13, kUnavailable = 14, kResourceExhausted = 8;  // TqCode
-
 KernelStatus status_of(cudaError_t error, const char* what);
 // One sentence; format has one %s, for detail.
 KernelStatus unavailable(const char* format, const char* detail);

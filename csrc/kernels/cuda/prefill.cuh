@@ -309,14 +309,7 @@ __global__ void __launch_bounds__(C::kThreads) prefill_kernel(const __grid_const
     if (row >= tile.q_len * group) continue;
     const int64_t token = tile.q_start + row / group;
     const int query_head = head * group + row % group;
-    float f = 1.0f;
-    if (a.sinks != nullptr) {
-      const float sink = a.sinks[query_head] * kLog2e;
-      const float higher = fmaxf(reference[h], sink);
-      f = exp2_approx(reference[h] - higher);
-      sum[h] = fmaf(sum[h], f, exp2_approx(sink - higher));
-      reference[h] = higher;
-    }
+    const float f = a.sinks != nullptr ? add_sink(a.sinks[query_head], reference[h], sum[h]) : 1.0f;
     const float scale = sum[h] == 0.0f ? 0.0f : f / sum[h];
 #pragma unroll
     for (int i = 0; i < C::kPartDim / 8; ++i) {
@@ -327,7 +320,7 @@ __global__ void __launch_bounds__(C::kThreads) prefill_kernel(const __grid_const
       store_element(a.dtype, a.out, at + 1, out[i][2 * h + 1] * scale);
     }
     if (a.lse != nullptr && part == 0 && t == 0) {
-      a.lse[token * a.num_heads + query_head] = sum[h] == 0.0f ? -INFINITY : kLn2 * (reference[h] + log2f(sum[h]));
+      a.lse[token * a.num_heads + query_head] = natural_lse(reference[h], sum[h], log2f(sum[h]));
     }
   }
 }

@@ -238,15 +238,9 @@ struct Normaliser {
   float factor, lse;
 
   TQ_DEVICE Normaliser(const AttendParams& a, int query_head, float top, float sum) {
-    float f = 1.0f;
-    if (a.sinks != nullptr) {
-      const float sink = a.sinks[query_head] * kLog2e, higher = fmaxf(top, sink);
-      f = exp2_approx(top - higher);
-      sum = fmaf(sum, f, exp2_approx(sink - higher));
-      top = higher;
-    }
+    const float f = a.sinks != nullptr ? add_sink(a.sinks[query_head], top, sum) : 1.0f;
     factor = sum == 0.0f ? 0.0f : f / sum;
-    lse = sum == 0.0f ? -INFINITY : kLn2 * (top + log2f(sum));
+    lse = natural_lse(top, sum, log2f(sum));
   }
 };
 

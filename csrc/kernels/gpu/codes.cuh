@@ -6,6 +6,7 @@
 
 #include "kernels/gpu/target.h"
 #include "kernels/gpu/device_book.h"
+#include "layout/page_layout.h"
 
 namespace tq::gpu {
 
@@ -19,20 +20,6 @@ TQ_DEVICE void levels_of_nibbles(const DeviceBook& book, uint32_t w, uint32_t& l
 TQ_DEVICE void join_planes(uint32_t low, uint32_t high, uint32_t& even, uint32_t& odd) {
   even = (low & 0x33333333u) | ((high << 2) & 0x44444444u);
   odd = ((low >> 2) & 0x33333333u) | ((high << 1) & 0x44444444u);
-}
-
-// High bits of a trailing half unit (head_dim % 32 == 16), natural order, to the order of the others: bit d to 4(d/2) +
-// d%2.
-TQ_DEVICE uint32_t spread_high(uint32_t x) {
-  x = (x | x << 8) & 0x00FF00FFu;
-  x = (x | x << 4) & 0x0F0F0F0Fu;
-  return (x | x << 2) & 0x33333333u;
-}
-TQ_DEVICE uint32_t gather_high(uint32_t x) {  // the inverse
-  x &= 0x33333333u;
-  x = (x | x >> 2) & 0x0F0F0F0Fu;
-  x = (x | x >> 4) & 0x00FF00FFu;
-  return (x | x >> 8) & 0xFFFFu;
 }
 
 // Where 3-bit rows of odd multiples of 16 lie, only 2-byte loads are aligned.
@@ -49,7 +36,7 @@ TQ_DEVICE void load_unit(const uint8_t* row, int unit, int dim, uint32_t& w0, ui
     w0 = p[0];
     w1 = p[1];
   } else {
-    const uint8_t* plane = row + dim / 4 + (unit >> 1) * 4;
+    const uint8_t* plane = row + high_word_offset(dim, unit);
     uint32_t low, high;
     if constexpr (kAligned) {
       low = *reinterpret_cast<const uint32_t*>(row + 4 * unit);
@@ -58,7 +45,7 @@ TQ_DEVICE void load_unit(const uint8_t* row, int unit, int dim, uint32_t& w0, ui
     }
     low = load_u32_by_halves(row + 4 * unit);
     if (16 * unit + 16 == dim && (unit & 1) == 0) {
-      high = spread_high(*reinterpret_cast<const uint16_t*>(plane));
+      high = spread_half_unit(*reinterpret_cast<const uint16_t*>(plane));
     } else {
       high = load_u32_by_halves(plane) >> (2 * (unit & 1));
     }

@@ -10,6 +10,7 @@ namespace tq::gpu {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kMasked = -1e38f;
+constexpr float kLargest = 3.402823466e38f;
 
 // Soft cap and ALiBi; slope is 0 without.
 TQ_DEVICE float modify_score(float x, float soft_cap, float slope, int distance) {
@@ -33,6 +34,24 @@ TQ_DEVICE bool visible(int position, int token, bool causal, int window, const i
     }
   }
   return false;
+}
+
+// Adds a row's sink to its softmax, of which reference is in log2 units and sum is relative to it. Returns the factor
+// of the row's outputs. A sink of which no log2 is finite, as that of +inf, counts as the largest number: the row is
+// zeros. A NaN stays one.
+TQ_DEVICE float add_sink(float sink, float& reference, float& sum) {
+  const float log2_sink = sink * kLog2e, finite = log2_sink > kLargest ? kLargest : log2_sink;
+  const float higher = fmaxf(reference, finite);
+  const float factor = exp2_approx(reference - higher);
+  sum = fmaf(sum, factor, exp2_approx(finite - higher));
+  reference = higher;
+  return factor;
+}
+
+// The LSE of a row, log2_sum being that of its sum.
+TQ_DEVICE float natural_lse(float reference, float sum, float log2_sum) {
+  if (sum == 0.0f) return -INFINITY;
+  return reference == kLargest ? kLargest : kLn2 * (reference + log2_sum);
 }
 
 }  // namespace tq::gpu

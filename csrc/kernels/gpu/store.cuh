@@ -48,9 +48,9 @@ TQ_DEVICE void store_unit(uint8_t* row, int unit, int dim, uint32_t w0, uint32_t
     auto* to = reinterpret_cast<uint16_t*>(row + 4 * unit);
     to[0] = static_cast<uint16_t>(low), to[1] = static_cast<uint16_t>(low >> 16);
     if (unit & 1) return;
-    auto* plane = reinterpret_cast<uint16_t*>(row + dim / 4 + 2 * unit);
+    auto* plane = reinterpret_cast<uint16_t*>(row + high_word_offset(dim, unit));
     if (16 * unit + 16 == dim) {
-      plane[0] = static_cast<uint16_t>(gather_high(high));
+      plane[0] = static_cast<uint16_t>(gather_half_unit(high));
     } else {
       plane[0] = static_cast<uint16_t>(pair), plane[1] = static_cast<uint16_t>(pair >> 16);
     }

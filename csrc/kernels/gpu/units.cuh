@@ -34,9 +34,9 @@ struct RawUnit {
       w[0] = v.x, w[1] = v.y;
     } else {
       w[0] = load_u32_by_halves(row + 4 * unit);
-      const uint8_t* plane = row + dim / 4 + (unit >> 1) * 4;
+      const uint8_t* plane = row + high_word_offset(dim, unit);
       if (16 * unit + 16 == dim && (unit & 1) == 0) {
-        w[1] = spread_high(*reinterpret_cast<const uint16_t*>(plane));
+        w[1] = spread_half_unit(*reinterpret_cast<const uint16_t*>(plane));
       } else {
         w[1] = load_u32_by_halves(plane) >> (2 * (unit & 1));
       }

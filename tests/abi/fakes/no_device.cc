@@ -1,6 +1,9 @@
 // no_device.cc - a kernel library whose device is missing on this machine.
 #include "build_id.h"
+#include "elf/build_note.h"
 #include "kernels/kernels.h"
+
+TQ_BUILD_NOTE(tq::kBuildId);
 
 extern "C" __attribute__((visibility("default"))) const tq::KernelApi* tq_kernels_get_api() {
   static const tq::KernelApi api = [] {

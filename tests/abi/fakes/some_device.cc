@@ -2,8 +2,11 @@
 #include <cstdlib>
 
 #include "build_id.h"
+#include "elf/build_note.h"
 #include "kernels/kernels.h"
 #include "tq_backend.h"
+
+TQ_BUILD_NOTE(tq::kBuildId);
 
 extern "C" __attribute__((visibility("default"))) const tq::KernelApi* tq_kernels_get_api() {
   static const tq::KernelApi api = [] {

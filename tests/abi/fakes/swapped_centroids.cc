@@ -3,6 +3,8 @@
 // it.
 #include <dlfcn.h>
 
+#include "build_id.h"
+#include "elf/build_note.h"
 #include "kernels/kernels.h"
 #include "layout/reference_page.h"
 
@@ -39,6 +41,8 @@ tq::KernelStatus store_kv(tq::DeviceState* state, const tq::StoreParams& p) {
 }
 
 }  // namespace
+
+TQ_BUILD_NOTE(tq::kBuildId);
 
 extern "C" __attribute__((visibility("default"))) const tq::KernelApi* tq_kernels_get_api() {
   static const tq::KernelApi api = [] {

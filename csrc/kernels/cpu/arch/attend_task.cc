@@ -211,9 +211,14 @@ HWY_ATTR void write_row(const AttendTask& task, int r, float max, float sum, flo
   const int group = p.num_heads / p.cache.layout.num_kv_heads;
   const int head = task.kv_head * group + r % group;
   const int64_t token = int64_t{p.query_start_loc[task.seq]} + task.first_query + r / group;
-  const float top = p.sinks != nullptr ? std::max(max, p.sinks[head]) : max;
-  const float correction = p.sinks != nullptr ? std::exp(max - top) : 1.0f;
-  const float denominator = p.sinks != nullptr ? sum * correction + std::exp(p.sinks[head] - top) : sum;
+  float top = max, correction = 1.0f, denominator = sum;
+  // A sink of -inf is none; one of +inf is the largest finite one, whose row is zeros. A NaN stays one.
+  if (p.sinks != nullptr && p.sinks[head] != kMinusInf) {
+    const float sink = std::min(p.sinks[head], std::numeric_limits<float>::max());
+    top = std::max(max, sink);
+    correction = std::exp(max - top);
+    denominator = sum * correction + std::exp(sink - top);
+  }
   if (sum == 0) {  // the row saw nothing; a NaN is not 0 and stays
     std::fill(row, row + dim, 0.0f);
   } else {

@@ -95,7 +95,7 @@ HWY_ATTR void expand_keys_3bit(const uint8_t* rows, int stride, int dim, VU8 tab
   const int words = dim / 16;  // of the low plane
   for (int w = 0; w < words; w += 8) {
     VI high[4];  // words of the second plane: one for two of the first
-    transpose_words(rows + dim / 4 + 2 * w, stride, high);
+    transpose_words(rows + high_word_offset(dim, w), stride, high);
     for (int v = w; v < w + 8 && v < words; v += 4) {
       VI low[4];
       transpose_words(rows + 4 * v, stride, low);

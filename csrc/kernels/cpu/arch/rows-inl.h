@@ -131,18 +131,6 @@ inline HWY_ATTR void rotate_simd(float* x, int dim) {
   });
 }
 
-// The last 16 dimensions of a row with head_dim % 32 == 16 have their third bits in natural order: bring them into the
-// order of a full unit's word.
-inline uint32_t full_unit_word(uint32_t natural) {
-  uint32_t word = 0;
-  for (int d = 0; d < 16; ++d) {
-    const int byte = d / 4;
-    const int g = d % 4;
-    word |= ((natural >> d) & 1u) << (8 * byte + 4 * (g / 2) + g % 2);
-  }
-  return word;
-}
-
 // out[dim] <- e4m3 bytes as floats. e4m3 fits in fp16 with its exponent off by 8, and fp16 hardware converts subnormals
 // without the penalty that float denormals cost.
 inline HWY_ATTR void decode_e4m3(const uint8_t* HWY_RESTRICT row, int dim, float* HWY_RESTRICT out) {

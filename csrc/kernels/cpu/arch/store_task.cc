@@ -46,7 +46,7 @@ void pack_row(int bits, const uint8_t* HWY_RESTRICT codes, int dim, uint8_t* HWY
     return;
   }
   uint8_t* low = row;
-  uint8_t* high = row + dim / 4;
+  uint8_t* high = row + high_plane_offset(dim);
   for (int i = 0; i < dim / 4; ++i) {
     const uint8_t* c = codes + 4 * i;
     low[i] = static_cast<uint8_t>((c[0] & 3) | (c[1] & 3) << 2 | (c[2] & 3) << 4 | (c[3] & 3) << 6);

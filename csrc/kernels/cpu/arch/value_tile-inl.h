@@ -69,7 +69,7 @@ HWY_INLINE HWY_ATTR void spread_high_plane(const uint8_t* plane, int dim, uint8_
     } else {
       uint16_t natural;
       std::memcpy(&natural, plane + 4 * unit, 2);
-      word = full_unit_word(natural);
+      word = tq::spread_half_unit(natural);
     }
     const uint64_t both = word | static_cast<uint64_t>(word >> 2) << 32;
     std::memcpy(out + 8 * unit, &both, 8);
@@ -117,7 +117,8 @@ HWY_ATTR void expand_values_3bit(const ValueShape& v, const uint8_t* rows, int s
   const hn::RepartitionToWide<DU8> d16;
   constexpr int kPlane = kMaxHeadDim / 4 + kVectorPad;
   HWY_ALIGN uint8_t high[kAtomTokens * kPlane];
-  for (int t = 0; t < 4 * kParts; ++t) spread_high_plane(rows + t * stride + v.dim / 4, v.dim, high + t * kPlane);
+  for (int t = 0; t < 4 * kParts; ++t)
+    spread_high_plane(rows + t * stride + high_plane_offset(v.dim), v.dim, high + t * kPlane);
   auto field = [&](VU8 x, int shift, uint8_t mask) HWY_ATTR {
     return hn::And(hn::BitCast(d8, hn::ShiftRightSame(hn::BitCast(d16, x), shift)), hn::Set(d8, mask));
   };

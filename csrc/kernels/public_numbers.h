@@ -1,0 +1,20 @@
+// public_numbers.h - the numbers of the public header that kernel libraries use, which do not include it.
+// csrc/abi/public_numbers.cc asserts that the two are equal.
+#pragma once
+
+namespace tq {
+
+// TqCode.
+enum StatusCode : int {
+  kOk = 0,
+  kInvalidArgument = 3,
+  kResourceExhausted = 8,
+  kUnimplemented = 12,
+  kInternal = 13,
+  kUnavailable = 14,
+};
+
+// TqDeviceKind.
+enum DeviceKind : int { kCpuDevice = 1, kCudaDevice = 2, kHipDevice = 3 };
+
+}  // namespace tq
