@@ -1,7 +1,8 @@
 """Entry points of vLLM: called in the front end, the engine core and every worker, without a guard around them.
 
-So neither function raises, both may be called any number of times, and neither initialises CUDA. What cannot be served is
-declined with one warning line, and the engine goes on as if this package were not installed.
+So neither function raises, both may be called any number of times, neither initialises CUDA, and neither opens a shared library
+of this package: most engines that call them have no turboquant_* cache. What such an engine could not run is found when its
+configuration is made (vllm_adapter/patches.py).
 """
 
 from __future__ import annotations
@@ -9,60 +10,43 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-BACKEND_PATH = "tq_backend.vllm_adapter.backend.TurboQuantBackend"
-CPU_PLATFORM_PATH = "tq_backend.vllm_adapter.platform.TurboQuantCpuPlatform"
+from tq_backend.names import CPU_PLATFORM_PATH, LOGGER, asks
 
-# vLLM configures the "vllm" logger tree; lines of a logger outside it would not be seen.
-logger = logging.getLogger("vllm.tq_backend")
+logger = logging.getLogger(LOGGER)
 
 
-# Why register() declined in this process, "" if it did not; strict_or_not reads it.
-_declined = ""
+# Why register() failed in this process, "" if it did not; strict_or_not reads it.
+_failed = ""
 
 
 def register() -> None:
-    """`vllm.general_plugins`: puts our class behind AttentionBackendEnum.TURBOQUANT, unless a probe fails."""
-    global _declined  # noqa: PLW0603
+    """`vllm.general_plugins`: puts our part behind the making of an engine's configuration."""
+    global _failed  # noqa: PLW0603
     try:
-        _declined = _register()
-    except Exception as error:  # an engine must start whatever is wrong with this package
-        _declined = f"{type(error).__name__}: {error}"
-    if not _declined:
+        from tq_backend.vllm_adapter import patches
+
+        patches.apply()
+        _failed = ""
         return
-    logger.warning("tq-backend declines: %s; the flags turboquant_* keep vLLM's own meaning in this run", _declined)
+    except Exception as error:  # an engine must start whatever is wrong with this package
+        _failed = f"{type(error).__name__}: {error}"
+    # No engine that asks would be noticed any more, so this is said now and to all.
+    logger.warning("tq-backend declines: %s; the flags turboquant_* keep vLLM's own meaning in this run", _failed)
     try:
         _keep_strict()
     except Exception as error:
         logger.error("tq-backend cannot stop this vLLM where strict is set: %s: %s", type(error).__name__, error)
 
 
-def _register() -> str:
-    """Returns why it declines, "" if it does not."""
-    from tq_backend.vllm_adapter import patches, probes
-
-    unmet = probes.unmet()
-    patches.declined[:] = unmet
-    try:
-        patches.apply()  # when we decline too: `strict` turns that into an error
-    except Exception as error:  # one wrap may have been made, and gives the reason
-        patches.declined.append(f"{type(error).__name__}: {error}")
-        raise
-    if unmet:
-        return "; ".join(unmet)
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    register_backend(AttentionBackendEnum.TURBOQUANT, BACKEND_PATH)
-    return ""
-
-
 def strict_or_not(vllm_config: Any) -> None:
-    """Raises ValueError for an engine that must not start without us. Needs nothing of this package, which may be what is broken."""
-    options = (
-        vllm_config.additional_config.get("turboquant") if isinstance(vllm_config.additional_config, dict) else None
-    )
-    strict = isinstance(options, dict) and options.get("strict") is True
-    if strict and _declined and str(vllm_config.cache_config.cache_dtype).startswith("turboquant_"):
-        raise ValueError(f"tq-backend, strict: {_declined}")
+    """Raises ValueError for an engine that must not start without us. Needs nothing of the adapter, which may be what is broken."""
+    hidden = not hasattr(getattr(vllm_config, "cache_config", None), "cache_dtype")  # so it may ask for us
+    if not _failed or not (asks(vllm_config) or hidden):
+        return
+    given = getattr(vllm_config, "additional_config", None)
+    options = given.get("turboquant") if isinstance(given, dict) else None
+    if isinstance(options, dict) and options.get("strict") is True:
+        raise ValueError(f"tq-backend, strict: {_failed}")
 
 
 def _keep_strict() -> None:

@@ -94,4 +94,4 @@ def test_skip_layers_default_keeps_boundary_layers_native():
 
 def test_unknown_option_is_refused_with_the_nearest_name():
     with pytest.raises(Exception, match="did you mean 'skip_layers'"):
-        Engine(MODEL, None, 256, additional_config={"turboquant": {"skip_layer": []}})
+        Engine(MODEL, "turboquant_4bit_nc", 256, additional_config={"turboquant": {"skip_layer": []}})

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import MODEL
-from tq_backend.register import BACKEND_PATH, register
-from tq_backend.vllm_adapter import conflicts, engine_config, patches, tolerance
+from tq_backend.names import BACKEND_PATH
+from tq_backend.register import register
+from tq_backend.vllm_adapter import conflicts, engine_config, patches, serving, tolerance
 from tq_backend.vllm_adapter.backend import TurboQuantBackend
 from tq_backend.vllm_adapter.impl import TurboQuantImpl
 from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
@@ -71,7 +72,7 @@ def test_options_in_a_configuration_made_otherwise_are_an_error():
 
 
 def test_an_engine_without_a_compressed_cache_is_left_alone(monkeypatch):
-    monkeypatch.setattr(patches, "declined", ["a reason"])
+    monkeypatch.setattr(serving, "declined", lambda: "a reason")
     config = made(
         kv_cache_dtype="auto", attention_backend="CPU_ATTN", additional_config={"turboquant": {"strict": True}}
     )
@@ -85,11 +86,19 @@ def test_the_wrap_is_made_once():
 
 
 def test_strict_turns_a_decline_into_an_error(monkeypatch):
-    monkeypatch.setattr(patches, "declined", ["the kernels are not usable"])
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(serving, "declined", lambda: "the kernels are not usable")
     with pytest.raises(ValueError, match="strict: the kernels are not usable"):
         made(additional_config={"turboquant": {"strict": True}})
-    # vLLM's own meaning of the flags, with what it forces.
-    assert made().attention_config.flash_attn_version == 2
+    # On a CPU vLLM has no other kernel for such pages.
+    with pytest.raises(ValueError, match="needs it on a CPU, and the kernels are not usable; run tq-check"):
+        made()
+    # Elsewhere vLLM's own meaning of the flags, with what it forces.
+    config = made(kv_cache_dtype="auto", attention_backend=None)
+    config.cache_config.cache_dtype, config.attention_config.flash_attn_version = DTYPE, 2
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    assert patches.served_config(config, None).attention_config.flash_attn_version == 2
 
 
 def test_a_class_that_took_our_place_is_noticed(monkeypatch):
@@ -227,15 +236,17 @@ def warnings_said():
 def test_keywords_of_a_newer_engine_are_passed_over_with_one_line_each(warnings_said):
     new = {"tq_slot_size": 134}
     config = AttentionSelectorConfig(128, torch.bfloat16, DTYPE, None)._asdict()
-    spec = SimpleNamespace(state_content_size_bytes=70, block_size=16)
+    spec = SimpleNamespace(state_content_bytes=70, block_size=16)
     vllm_config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={}),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=1),
+        model_config=SimpleNamespace(is_mm_prefix_lm=False),
         additional_config={},
     )
     ints = torch.zeros(1, dtype=torch.int32)
     common = SimpleNamespace(
-        num_actual_tokens=0, query_start_loc=ints, seq_lens=ints, block_table_tensor=ints, slot_mapping=ints, max_query_len=1
+        num_actual_tokens=0, query_start_loc=ints, seq_lens=ints, block_table_tensor=ints, slot_mapping=ints, max_query_len=1,
+        causal=True,
     )  # fmt: skip
     no_cache, x = torch.empty(0, dtype=torch.uint8), torch.zeros(1, 1, 64)
     for _ in range(2):

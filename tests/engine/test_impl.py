@@ -91,10 +91,12 @@ def stock(tensors, causal: bool = True, **options) -> torch.Tensor:
 
 
 def empty_cache(layout: str) -> torch.Tensor:
-    """vLLM's logical view [blocks, heads, tokens, bytes] of three physical layouts."""
+    """vLLM's logical view [blocks, heads, tokens, bytes] of three physical layouts, and one with its axes in another order."""
     blocks, slot = len(SEQ_LENS) * MAX_BLOCKS, 2 * 4 * HEAD_DIM
     if layout == "LBNHC":
         return torch.zeros(blocks, BLOCK_SIZE, KV_HEADS, slot, dtype=torch.uint8).transpose(1, 2)
+    if layout == "other axes":
+        return torch.zeros(blocks, BLOCK_SIZE, KV_HEADS, slot, dtype=torch.uint8)
     if layout == "LBHNC":
         return torch.zeros(blocks, KV_HEADS, BLOCK_SIZE, slot, dtype=torch.uint8)
     # Blocks that lie further apart than their bytes: a page padded to a larger one, or other layers in between.
@@ -105,6 +107,7 @@ def empty_cache(layout: str) -> torch.Tensor:
 def layer(**options) -> TurboQuantImpl:
     with raw_pages():
         impl = TurboQuantImpl(HEADS, HEAD_DIM, SCALE, KV_HEADS, kv_cache_dtype="turboquant_4bit_nc", **options)
+        impl.set_pages(HEAD_DIM, BLOCK_SIZE)  # the metadata builder does it
     impl.process_weights_after_loading(torch.float32)  # vLLM's loader calls it for each attention layer
     return impl
 
@@ -118,10 +121,10 @@ def metadata(causal: bool = True, images: dict | None = None) -> TurboQuantMetad
         seq_lens=torch.tensor(SEQ_LENS, dtype=torch.int32),
         block_table=block_table(),
         slot_mapping=slots(),
-        block_size=BLOCK_SIZE,
         causal=causal,
         max_query_len=max(QUERY_LENS),
         workspace=torch.zeros(size, dtype=torch.uint8),
+        route_workspace=torch.zeros(0, dtype=torch.uint8),
         mm_prefix_range_tensor=spans_of_batch(images, len(SEQ_LENS), torch.device("cpu")),
     )
 
@@ -202,15 +205,17 @@ def test_the_builder_hands_images_on(monkeypatch, clamped, spans):
     monkeypatch.setattr(metadata_module, "get_layers_from_vllm_config", lambda *_: {"0": a_layer})
     scheduler = SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=1)
     builder = metadata_module.TurboQuantMetadataBuilder(
-        SimpleNamespace(state_content_size_bytes=70, block_size=BLOCK_SIZE),
+        SimpleNamespace(state_content_bytes=70, block_size=BLOCK_SIZE),
         ["0"],
-        SimpleNamespace(scheduler_config=scheduler, additional_config={}),
+        SimpleNamespace(
+            scheduler_config=scheduler, additional_config={}, model_config=SimpleNamespace(is_mm_prefix_lm=True)
+        ),
         torch.device("cpu"),
     )
     ints = torch.tensor([64], dtype=torch.int32)
     common = SimpleNamespace(
         num_actual_tokens=64, query_start_loc=ints, seq_lens=ints, block_table_tensor=ints, slot_mapping=ints,
-        max_query_len=64, mm_req_doc_ranges={0: [(3, 12), (20, 59)]},
+        max_query_len=64, causal=True, mm_req_doc_ranges={0: [(3, 12), (20, 59)]},
     )  # fmt: skip
     assert builder.build(0, common).mm_prefix_range_tensor.tolist() == [spans]
 
@@ -227,9 +232,46 @@ def test_sinks_follow_their_weights_in_place(tensors):
         assert impl.kernel_sinks.tolist() == sinks.float().tolist()
 
 
-@pytest.mark.parametrize("layout", ["LBNHC", "padded"])
+@pytest.mark.parametrize("layout", ["LBNHC", "padded", "other axes"])
 def test_cache_layouts_give_the_same_bits(tensors, layout):
     assert torch.equal(ours(tensors, layout), ours(tensors, "LBHNC"))
+
+
+def test_blocks_of_another_size_are_refused(tensors):
+    """How many tokens a block has is the spec's word, not a guess from the cache's shape."""
+    query, key, value = tensors
+    wrong = torch.zeros(len(SEQ_LENS) * MAX_BLOCKS, KV_HEADS, 16, 2 * 4 * HEAD_DIM, dtype=torch.uint8)
+    words = r"shape \[12, 2, 16, 512\], 16384 bytes in a block; a block of this layer has 32768"
+    with pytest.raises(ValueError, match=words):
+        layer().do_kv_cache_update(None, key, value, wrong, slots())
+    with pytest.raises(ValueError, match=words):
+        layer().forward(None, query, None, None, wrong, metadata(), query)
+
+
+def test_attend_gets_a_zeroed_workspace_that_the_route_does_not_touch(monkeypatch):
+    """Its arrival counters begin at zero and are left at zero, so nothing else may be written between its calls."""
+    monkeypatch.setattr(metadata_module.TurboQuantMetadataBuilder, "_workspaces", {})
+    a_layer = SimpleNamespace(impl=layer(), head_size_v=HEAD_DIM, kv_sharing_target_layer_name=None)
+    monkeypatch.setattr(metadata_module, "get_layers_from_vllm_config", lambda *_: {"0": a_layer})
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=1), speculative_config=None,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1), additional_config={"turboquant": {"current": "raw"}},
+        model_config=SimpleNamespace(is_mm_prefix_lm=False, dtype=torch.float32),
+    )  # fmt: skip
+    limits = Limits(64, 32)
+    torch.use_deterministic_algorithms(True)  # torch.empty then gives 255 in each byte
+    try:
+        with stock_attention.prefill_route(limits):
+            builder = metadata_module.TurboQuantMetadataBuilder(
+                SimpleNamespace(state_content_bytes=512, block_size=BLOCK_SIZE), ["0"], config, torch.device("cpu")
+            )
+            batch = builder.build(0, common())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    route = a_layer.impl.prefill_route
+    assert batch.workspace.numel() > 0 and batch.workspace.count_nonzero() == 0
+    assert batch.route_workspace.numel() == workspace_size(route.geometry, limits)
+    assert batch.workspace.untyped_storage().data_ptr() != batch.route_workspace.untyped_storage().data_ptr()
 
 
 def test_a_layer_that_shares_a_cache_reads_the_targets(tensors):
@@ -307,14 +349,13 @@ def test_a_layer_sends_decodes_to_attend_and_prefills_to_the_route(tensors, wind
     current = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, QUERY_LENS, strict=True)])
     batch = metadata()
     plan_prefill(batch, common(), {impl.prefill_route.plan_key}, 16)
-    batch.workspace = torch.empty(
-        max(len(batch.workspace), workspace_size(impl.prefill_route.geometry, limits)), dtype=torch.uint8
-    )
+    batch.route_workspace = torch.empty(workspace_size(impl.prefill_route.geometry, limits), dtype=torch.uint8)
     assert (batch.num_decodes, batch.num_decode_tokens, batch.max_decode_query_len) == (1, 1, 1)
     before = torch_ops().counters()
     out = impl.forward(None, query, key[current], value[current], cache, batch, torch.empty_like(query))
     after = torch_ops().counters()
     assert after[3] - before[3] == QUERY_LENS[0], "attend serves the decode alone"
+    assert impl.prefill_route._buffers.workspace is batch.route_workspace
     wanted = ours(tensors, sliding_window=window or None, sinks=sinks)
     torch.testing.assert_close(out, wanted, rtol=TOLERANCE, atol=TOLERANCE)
     # A layer that reads another one's cache brings no keys: all of it comes from pages.

@@ -8,14 +8,17 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from dataclasses import replace
 
 import pytest
 import stock_attention
 import torch
+from engines import ROOT
 from tq_backend._library import native, torch_ops
 from tq_backend.vllm_adapter import prefill
 from tq_backend.vllm_adapter.formats import CACHE_DTYPES, format_id, rotates_keys
+from tq_backend.vllm_adapter.metadata import MAX_DECODE_QUERY_LEN
 from tq_backend.vllm_adapter.prefill import CAPABILITIES, PrefillRoute
 from tq_backend.vllm_adapter.prefill_plan import (
     DECODED_BYTES,
@@ -222,6 +225,13 @@ def test_memory_does_not_exceed_its_bounds():
             # Enough of both that a piece is worth its merge, and a slice of queries worth decoding the prefix again.
             assert limits.piece_tokens >= 2048 and limits.slice_tokens >= min(max_num_tokens, 4096)
     assert limits_of(Geometry(32, 8, 128, 128, torch.bfloat16), 8192) == Limits(16384, 8192)
+
+
+def test_the_longest_decode_is_the_kernels():
+    """Chunks up to that length go to `attend`'s decode kernel; the CUDA kernels compile the number in."""
+    sources = [path.read_text() for path in (ROOT / "csrc" / "kernels" / "cuda").rglob("*") if path.is_file()]
+    found = re.findall(r"constexpr int kMaxDecodeQueryLen = (\d+);", "\n".join(sources))
+    assert found == [str(MAX_DECODE_QUERY_LEN)]
 
 
 def test_what_the_capability_table_does_not_name_is_said(monkeypatch):

@@ -10,15 +10,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import MODEL
-from tq_backend.register import BACKEND_PATH, CPU_PLATFORM_PATH, cpu_platform, register
+from tq_backend.names import BACKEND_PATH, CPU_PLATFORM_PATH
+from tq_backend.register import cpu_platform, register
+from tq_backend.vllm_adapter import serving
 from tq_backend.vllm_adapter.options import Options, read_options
 
 
 def test_register_can_be_called_again_and_initialises_no_gpu():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    AttentionBackendEnum.TURBOQUANT.clear_override()
     for _ in range(2):
         register()
+        assert AttentionBackendEnum.TURBOQUANT.get_path().startswith("vllm."), (
+            "only an engine that asks puts our class there"
+        )
+    for _ in range(2):
+        assert serving.not_ours() == ""
         assert AttentionBackendEnum.TURBOQUANT.get_path() == BACKEND_PATH
     assert AttentionBackendEnum.TURBOQUANT.get_class().get_name() == "TURBOQUANT"
     assert not torch.cuda.is_initialized()
@@ -56,7 +64,7 @@ print(TurboQuantCpuPlatform.get_attn_backend_cls(None, wanted))
         (
             "from vllm.v1.attention.backend import AttentionBackend; del AttentionBackend.customize_spec",
             "",
-            "without AttentionBackend.customize_spec",
+            "this vLLM's AttentionBackend has no customize_spec",
         ),
     ],
     ids=["no kernel library", "another engine"],
@@ -79,54 +87,66 @@ register()
 register()
 {after}
 """
-MAKE = """
+TRY = """
+def attempt(name, make):
+    try:
+        make()
+        print(name, "made")
+    except ValueError as error:
+        print(name, "refused:", " ".join(str(error).split()))
+
+strict, ours = {{"turboquant": {{"strict": True}}}}, "turboquant_4bit_nc"
+for name, dtype, options in (("stock", "auto", strict), ("plain", ours, {{}}), ("strict", ours, strict)):
+    attempt(name, lambda: {make})
+"""
+MAKE = f"""
 from vllm.engine.arg_utils import EngineArgs
-for options in ({{}}, {{"turboquant": {{"strict": True}}}}):
-    config = EngineArgs(
-        model={model!r}, kv_cache_dtype="turboquant_4bit_nc", skip_tokenizer_init=True, additional_config=options
-    ).create_engine_config()
-    print("made with", options)
-"""
-COMPLETE = """
-from types import SimpleNamespace
+flags = {{{{"model": {str(MODEL)!r}, "skip_tokenizer_init": True}}}}
+{TRY}
+""".format(make="EngineArgs(**flags, kv_cache_dtype=dtype, additional_config=options).create_engine_config()")
+COMPLETE = f"""
 from vllm.config import VllmConfig, CacheConfig
-for options in ({}, {"turboquant": {"strict": True}}):
-    VllmConfig(cache_config=CacheConfig(cache_dtype="turboquant_4bit_nc"), additional_config=options)
-    print("made with", options)
-"""
+{TRY}
+""".format(make="VllmConfig(cache_config=CacheConfig(cache_dtype=dtype), additional_config=options)")
+NO_ADAPTER = "sys.modules['tq_backend.vllm_adapter'] = None"
+NO_GROUPS = "from tq_backend.vllm_adapter.patches import planning_module; del planning_module().get_kv_cache_groups"
+NO_METHOD = "from vllm.engine.arg_utils import EngineArgs; del EngineArgs.create_engine_config"
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "reason"),
+    ("before", "after", "reason", "plain"),
     [
-        # The adapter cannot be imported at all.
-        (
-            "sys.modules['tq_backend.vllm_adapter'] = None",
-            MAKE.format(model=str(MODEL)),
-            "import of tq_backend.vllm_adapter",
-        ),
-        # The first wrap is made, the second cannot be.
-        (
-            "from tq_backend.vllm_adapter.patches import planning_module; del planning_module().get_kv_cache_groups",
-            MAKE.format(model=str(MODEL)),
-            "get_kv_cache_groups",
-        ),
-        # No wrap can be made where it should be.
-        (
-            "from vllm.engine.arg_utils import EngineArgs; del EngineArgs.create_engine_config",
-            COMPLETE,
-            "create_engine_config",
-        ),
+        # The adapter cannot be imported at all. A plain engine fails later, where its layers choose a backend.
+        (NO_ADAPTER, MAKE, "import of tq_backend.vllm_adapter", "made"),
+        # A wrap cannot be made. On a CPU, where nothing else serves such a cache, a plain engine does not start either.
+        (NO_GROUPS, MAKE, "get_kv_cache_groups", "refused"),
+        # Who asks cannot be seen.
+        (NO_METHOD, COMPLETE, "create_engine_config", "made"),
     ],
-    ids=["adapter", "second wrap", "first wrap"],
+    ids=["adapter", "grouping", "configuration"],
 )
-def test_strict_holds_where_the_adapter_breaks(before, after, reason):
+def test_strict_holds_where_the_adapter_breaks(before, after, reason, plain):
     done = in_a_new_process(STRICT.format(before=before, after=after))
     said = done.stdout + done.stderr
-    assert done.returncode != 0, said
-    assert done.stdout.count("made with") == 1 and "made with {}" in done.stdout, said
-    last = said[said.rfind("tq-backend, strict: ") :]
-    assert last and reason in last, said
+    found = {
+        line.split()[0]: line for line in done.stdout.splitlines() if line.startswith(("stock", "plain", "strict"))
+    }
+    assert found.keys() == {"stock", "plain", "strict"}, said
+    assert found["stock"] == "stock made" and found["plain"].startswith(f"plain {plain}"), said
+    assert "tq-backend, strict: " in found["strict"] and reason in found["strict"], said
+    assert "tq-backend declines" in said, said
+
+
+def test_strict_holds_where_the_cache_dtype_cannot_be_read(monkeypatch):
+    """Then the engine may be one that asks."""
+    from tq_backend import register as module
+
+    monkeypatch.setattr(module, "_failed", "a reason")
+    strict = {"turboquant": {"strict": True}}
+    with pytest.raises(ValueError, match="tq-backend, strict: a reason"):
+        module.strict_or_not(SimpleNamespace(additional_config=strict, cache_config=SimpleNamespace()))
+    module.strict_or_not(SimpleNamespace(additional_config={}, cache_config=SimpleNamespace()))
+    module.strict_or_not(SimpleNamespace(additional_config=strict, cache_config=SimpleNamespace(cache_dtype="auto")))
 
 
 def test_routes_by_cache_dtype():
@@ -168,6 +188,14 @@ def test_what_a_gpu_platform_asks_the_backend():
     for spans, support in ((False, AttentionCGSupport.ALWAYS), (True, AttentionCGSupport.UNIFORM_BATCH)):
         model = SimpleNamespace(is_mm_prefix_lm=spans)
         assert builder.get_cudagraph_support(SimpleNamespace(model_config=model), None) == support
+
+
+def test_head_dimensions_are_the_librarys():
+    from tq_backend.vllm_adapter.backend import TurboQuantBackend as Backend
+
+    served = [dim for dim in range(-32, 2000) if Backend.supports_head_size(dim)]
+    assert served == list(range(16, 513, 16))
+    assert not Backend.supports_head_size(2**31 + 64)
 
 
 @pytest.mark.parametrize(

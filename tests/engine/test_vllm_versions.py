@@ -18,6 +18,7 @@ VERSIONS = ["0.32", "0.33"]
 SHARED = (
     "engine/test_register.py",
     "engine/test_engine_config.py",
+    "engine/test_interface.py",
     "engine/test_page_plan.py",
     "python/test_plan_engine.py",
 )
@@ -34,10 +35,23 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 from tq_backend.register import register
-from tq_backend.vllm_adapter import formats, patches, probes
+from tq_backend.vllm_adapter import patches, probes
 
 probes.PROBES["kernel library of this platform"] = lambda: ""
 register()
+# As in a worker on a GPU: the first that is seen of an engine is its configuration, when a layer chooses its backend.
+CudaPlatform.get_device_capability = classmethod(lambda cls, *_: DeviceCapability(9, 0))
+patches.wrap(CudaPlatform, "get_attn_backend_cls", patches.selected_backend, classmethod)
+
+def choose(run, layer):
+    cache = types.SimpleNamespace(cache_dtype=run)
+    vllm.config.get_current_vllm_config_or_none = lambda: types.SimpleNamespace(cache_config=cache)
+    return CudaPlatform.get_attn_backend_cls(None, AttentionSelectorConfig(128, torch.bfloat16, layer, None))
+
+stock = choose("auto", "auto")
+stock_loaded = [name for name in sys.modules if name.startswith("tq_backend.") and name.endswith((".backend", "_native"))]
+chosen = {layer: choose("turboquant_4bit_nc", layer) for layer in ("auto", "turboquant_4bit_nc")}
+from tq_backend.vllm_adapter import formats
 backend = AttentionBackendEnum.TURBOQUANT.get_class()
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend as InTree
 
@@ -47,11 +61,6 @@ def page(cls, dtype, dim):
     )
     return cls.customize_spec(cls.customize_spec(spec)).page_size_bytes
 
-CudaPlatform.get_device_capability = classmethod(lambda cls, *_: DeviceCapability(9, 0))
-chosen = {
-    dtype: CudaPlatform.get_attn_backend_cls(None, AttentionSelectorConfig(128, torch.bfloat16, dtype, None))
-    for dtype in ("auto", "turboquant_4bit_nc")
-}
 print("answer", json.dumps({
     "version": vllm.__version__,
     "unmet": probes.unmet(),
@@ -60,6 +69,8 @@ print("answer", json.dumps({
     "abstract": sorted(backend.get_impl_cls().__abstractmethods__ | backend.get_builder_cls().__abstractmethods__),
     "pages": {f"{d} {n}": [page(c, d, n) for c in (backend, InTree)] for d in formats.CACHE_DTYPES for n in (64, 128, 256, 512)},
     "chosen": chosen,
+    "stock": stock,
+    "stock_loaded": stock_loaded,
 }))
 """
 
@@ -104,4 +115,7 @@ def test_registration_page_sizes_and_selection(version):
     want = {f"{d} {n}": [16 * 2 * slot] * 2 for d, slots in SLOTS.items() for n, slot in slots.items()}
     assert answer["pages"] == want
     assert answer["chosen"].pop("turboquant_4bit_nc") == answer["path"]
-    assert answer["chosen"] == {"auto": "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"}
+    assert answer["chosen"] == {"auto": answer["stock"]}
+    assert answer["stock"] == "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"
+    # TURBOQUANT is a candidate for every layer on CUDA; in an engine that does not ask it is not our class that is asked.
+    assert answer["stock_loaded"] == []

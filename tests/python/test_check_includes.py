@@ -49,16 +49,53 @@ VIOLATIONS = [
     ("plugin/tq_backend/planner.py", "from vllm.config import x\n", "imports vllm"),
     ("plugin/tq_backend/__init__.py", "import torch\n", "must import without it"),
     ("plugin/tq_backend/register.py", "from vllm.platforms import x\n", "must import without it"),
+    ("plugin/tq_backend/names.py", "import numpy\n", "must import without it"),
+    (
+        "plugin/tq_backend/vllm_adapter/a.py",
+        "def f():\n    from tq_backend.cli.plan import x\n",
+        "imports tq_backend.cli.plan",
+    ),
+    ("plugin/tq_backend/vllm_adapter/a.py", "import tq_backend.cli.plan\n", "imports tq_backend.cli.plan"),
+    ("plugin/tq_backend/vllm_adapter/a.py", "from tq_backend import register\n", "imports tq_backend.register"),
+    (
+        "plugin/tq_backend/vllm_adapter/a.py",
+        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from tq_backend.register import register\n",
+        "imports tq_backend.register, which lies above it",
+    ),
+    ("plugin/tq_backend/register.py", "from tq_backend.cli import plan\n", "imports tq_backend.cli.plan"),
+    ("plugin/tq_backend/shared.py", "from tq_backend.vllm_adapter import b\n", "imports tq_backend.vllm_adapter.b"),
+    ("plugin/tq_backend/_library.py", "from tq_backend.model import x\n", "imports tq_backend.model, which lies above"),
+    ("plugin/tq_backend/names.py", "from tq_backend import __version__\n", "imports tq_backend, which lies above it"),
+    ("plugin/tq_backend/cli/a.py", "from . import plan\n", "has a relative import"),
 ]
+# Modules that are there for the imports above.
+PLUGIN = (
+    "__init__", "names", "_library", "model", "register", "cli/__init__", "cli/plan", "vllm_adapter/__init__",
+    "vllm_adapter/b",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "text", "complaint"), VIOLATIONS, ids=[f"{n}-{c}" for n, _, c in VIOLATIONS])
 def test_a_violation_is_caught(tmp_path: Path, name: str, text: str, complaint: str):
-    root = tree(tmp_path, {"csrc/abi/loader.h": "", "csrc/kernels/cpu/tasks.h": "", name: text})
+    others = {f"plugin/tq_backend/{module}.py": "" for module in PLUGIN}
+    root = tree(tmp_path, {"csrc/abi/loader.h": "", "csrc/kernels/cpu/tasks.h": "", **others, name: text})
     problems = check_includes.check(root)
     assert len(problems) == 1, problems
     assert problems[0].startswith(name)
     assert complaint in problems[0]
+
+
+def test_a_circle_is_caught(tmp_path: Path):
+    """Within one layer, and where one of the imports waits in a function."""
+    files = {
+        "plugin/tq_backend/vllm_adapter/__init__.py": "",
+        "plugin/tq_backend/vllm_adapter/a.py": "from tq_backend.vllm_adapter import b\n",
+        "plugin/tq_backend/vllm_adapter/b.py": "import tq_backend.vllm_adapter.c\n",
+        "plugin/tq_backend/vllm_adapter/c.py": "def f():\n    from tq_backend.vllm_adapter.a import x\n",
+    }
+    problems = check_includes.check(tree(tmp_path, files))
+    assert len(problems) == 1 and "import each other in a circle" in problems[0], problems
+    assert all(f"tq_backend.vllm_adapter.{name}" in problems[0] for name in "abc")
 
 
 def test_what_the_layering_allows_passes(tmp_path: Path):
@@ -72,8 +109,14 @@ def test_what_the_layering_allows_passes(tmp_path: Path):
             "csrc/kernels/cuda/a.cu": '#include "codec/format.h"\n#include "kernels/cuda/arch/mma.cuh"\n#include <cuda_fp16.h>\n',
             "csrc/abi/loader.cc": '#include "kernels/kernels.h"\nvoid* h = dlopen("x.so", 1);\n',
             "csrc/torch/ops.cc": "#include <torch/csrc/stable/tensor.h>\n",
-            "plugin/tq_backend/register.py": "def register():\n    import vllm\n",
-            "plugin/tq_backend/vllm_adapter/impl.py": "import torch\nimport vllm\n",
+            "plugin/tq_backend/__init__.py": "__version__ = ''\n",
+            "plugin/tq_backend/names.py": "import typing\n",
+            "plugin/tq_backend/_library.py": "from tq_backend import _native\nfrom tq_backend.names import x\n",
+            "plugin/tq_backend/model.py": "from tq_backend._library import native\n",
+            "plugin/tq_backend/register.py": "def register():\n    import vllm\n    from tq_backend.vllm_adapter import impl\n",
+            "plugin/tq_backend/vllm_adapter/__init__.py": "",
+            "plugin/tq_backend/vllm_adapter/impl.py": "import torch\nimport vllm\nfrom tq_backend import model, names\n",
+            "plugin/tq_backend/cli/check.py": "from tq_backend import __version__, register\nfrom tq_backend.vllm_adapter import impl\n",
         },
     )
     assert check_includes.check(root) == []

@@ -1,4 +1,5 @@
-"""Which kernel library the vLLM adapter asks for on each platform. The engine is a stand-in: only its platform is asked."""
+"""What the vLLM adapter asks before it serves: the kernel library of the platform, and that a probe that breaks is a sentence. The
+engine is a stand-in: only its platform is asked."""
 
 from __future__ import annotations
 
@@ -30,3 +31,11 @@ def test_the_platform_decides(monkeypatch: pytest.MonkeyPatch, cpu: bool, rocm: 
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     monkeypatch.setattr(probes, "native", lambda: SimpleNamespace(libraries=lambda: ROWS))
     assert probes._kernels() == want
+
+
+def test_a_probe_that_breaks_is_a_reason(monkeypatch: pytest.MonkeyPatch):
+    def broken() -> str:
+        raise AttributeError("module 'vllm' has no attribute 'x'")
+
+    monkeypatch.setattr(probes, "PROBES", {"fine": lambda: "", "broken": broken, "unmet": lambda: "no kernels"})
+    assert probes.unmet() == ["AttributeError: module 'vllm' has no attribute 'x'", "no kernels"]

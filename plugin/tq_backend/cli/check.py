@@ -53,18 +53,12 @@ def device_report() -> str:
 def vllm_report() -> tuple[dict[str, str], str | None]:
     """The adapter's probes (empty text: fine) and which backend class TURBOQUANT stands for, or what went wrong."""
     try:
-        from tq_backend.register import BACKEND_PATH, register
-        from tq_backend.vllm_adapter import probes
+        from tq_backend.register import register
+        from tq_backend.vllm_adapter import probes, serving
 
         register()
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
         found = probes.results()
-        path = AttentionBackendEnum.TURBOQUANT.get_path()
-        # An unmet probe is the reason why we declined; the class that stands there instead is only its consequence.
-        problem = "; ".join(filter(None, found.values())) or (
-            None if path == BACKEND_PATH else f"TURBOQUANT stands for {path}"
-        )
+        problem = "; ".join(filter(None, found.values())) or serving.not_ours() or None
         return found, problem
     except Exception as error:  # this command's job is to say what is wrong
         return {}, f"vLLM cannot be used: {type(error).__name__}: {error}"

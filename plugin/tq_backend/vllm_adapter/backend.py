@@ -16,13 +16,11 @@ from tq_backend.vllm_adapter.tolerance import pass_over
 if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
 
-MIN_HEAD_SIZE, MAX_HEAD_SIZE, HEAD_SIZE_MULTIPLE = 16, 512, 16
 BLOCK_SIZE_MULTIPLE = 16
 MIN_COMPUTE_CAPABILITY = (7, 5)
 
 
 class TurboQuantBackend(AttentionBackend):
-    accept_output_buffer: bool = True
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = formats.CACHE_DTYPES
@@ -63,7 +61,7 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return MIN_HEAD_SIZE <= head_size <= MAX_HEAD_SIZE and head_size % HEAD_SIZE_MULTIPLE == 0
+        return formats.serves_head_dim(head_size)
 
     @classmethod
     def supports_compute_capability(cls, capability: DeviceCapability) -> bool:

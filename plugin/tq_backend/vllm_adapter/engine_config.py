@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from tq_backend.names import ALTERNATIVE
 from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
 from tq_backend.vllm_adapter.options import Options
 
 logger = logging.getLogger("vllm.tq_backend")
-
-ALTERNATIVE = "use --kv-cache-dtype auto or fp8 for it"
 
 
 def platform_refusal(dtype: str) -> str | None:

@@ -17,6 +17,15 @@ def slot_bytes(kv_cache_dtype: str, head_dim: int, head_dim_v: int) -> int:
     return native().kv_cache_spec(page_format(kv_cache_dtype), 1, head_dim, head_dim_v)["slot_bytes"]
 
 
+def serves_head_dim(head_dim: int) -> bool:
+    """The library's own rule; all formats have the same."""
+    try:
+        slot_bytes(CACHE_DTYPES[0], head_dim, head_dim)
+    except (TypeError, ValueError):  # a TypeError is of a number beyond 32 bits
+        return False
+    return True
+
+
 def rotates_keys(kv_cache_dtype: str) -> bool:
     """Lloyd-Max keys are rotated before they are quantized, FP8 and float keys are not."""
     return native().format_by_name(page_format(kv_cache_dtype))["key_bits"] < 8

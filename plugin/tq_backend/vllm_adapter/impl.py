@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,10 +15,15 @@ from tq_backend.vllm_adapter.prefill import PrefillRoute
 from tq_backend.vllm_adapter.tolerance import pass_over
 
 
-def pages(kv_cache: torch.Tensor) -> torch.Tensor:
+def pages(kv_cache: torch.Tensor, page_bytes: int) -> torch.Tensor:
     """The cache [blocks, ...] with its other dimensions in memory order, so that each block is one run of bytes whatever
-    the engine calls its layout."""
+    the engine calls its layout. Raises ValueError if a block has not page_bytes: another size would be stored and read in wrong
+    places."""
     inner = sorted(range(1, kv_cache.dim()), key=kv_cache.stride, reverse=True)
+    if (found := math.prod(kv_cache.shape[1:])) != page_bytes:
+        raise ValueError(
+            f"kv_cache has the shape {list(kv_cache.shape)}, {found} bytes in a block; a block of this layer has {page_bytes}"
+        )
     return kv_cache.permute(0, *inner)
 
 
@@ -54,6 +60,13 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.prefill_route: PrefillRoute | None = None  # given by the metadata builder, which knows device and dtype
         pass_over("an attention layer", extra)
         self.ops = torch_ops()
+        self.set_pages(self.head_size_v, 0)
+
+    def set_pages(self, head_size_v: int, block_size: int) -> None:
+        """From the metadata builder, before there is a cache: vLLM tells these to the layer and to the builder."""
+        self.head_size_v, self.block_size = head_size_v, block_size
+        slot = formats.slot_bytes(self.kv_cache_dtype, self.head_size, head_size_v)
+        self.page_bytes = self.num_kv_heads * block_size * slot
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Again after weights were loaded anew: a captured CUDA graph reads the same memory, so it is written in place."""
@@ -84,9 +97,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         pass_over("do_kv_cache_update", unknown)
         if kv_cache.numel() == 0:  # profiling, before there is a cache
             return
-        view = pages(kv_cache)
-        block_size = kv_cache.shape[2]
-        self.ops.store_kv(key, value, view, slot_mapping, self.format_id, block_size)
+        view = pages(kv_cache, self.page_bytes)
+        self.ops.store_kv(key, value, view, slot_mapping, self.format_id, self.block_size)
 
     def forward(
         self,
@@ -123,11 +135,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             query,
             key,
             value,
-            pages(kv_cache),
+            pages(kv_cache, self.page_bytes),
             m.block_table,
-            m.block_size,
+            self.block_size,
             self.kernel_sinks,
-            m.workspace,
+            m.route_workspace,
             output,
         )
         return output
@@ -146,12 +158,12 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.ops.attend(
             query[:num_tokens],
             output[:num_tokens],
-            pages(kv_cache),
+            pages(kv_cache, self.page_bytes),
             m.query_start_loc[: num_seqs + 1],
             m.seq_lens[:num_seqs],
             m.block_table,
             self.format_id,
-            m.block_size,
+            self.block_size,
             self.num_kv_heads,
             self.scale,
             m.causal,

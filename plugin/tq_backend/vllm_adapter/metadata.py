@@ -16,20 +16,21 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from tq_backend._library import device_index, native, torch_ops
+from tq_backend.names import LOGGER
 from tq_backend.vllm_adapter import formats, prefill
+from tq_backend.vllm_adapter.interface import images_refusal
 from tq_backend.vllm_adapter.options import check_in_force, read_options
 from tq_backend.vllm_adapter.prefill_plan import Geometry, Limits, Plan, limits_of, make_plan, workspace_size
 from tq_backend.vllm_adapter.spans import spans_of_batch
 from tq_backend.vllm_adapter.tolerance import pass_over
 
-logger = logging.getLogger("vllm.tq_backend")
+logger = logging.getLogger(LOGGER)
 
 
 # Query tokens up to which a sequence's chunk is always read from pages, by `attend`'s decode kernel: decodes, and the verification
-# of drafts.
+# of drafts. The CUDA kernels' own kMaxDecodeQueryLen, asserted equal in tests/engine/test_prefill.py.
 MAX_DECODE_QUERY_LEN = 16
 
 
@@ -40,10 +41,10 @@ class TurboQuantMetadata(AttentionMetadata):
     seq_lens: torch.Tensor  # int32 [num_reqs]
     block_table: torch.Tensor  # int32 [num_reqs, max_blocks]
     slot_mapping: torch.Tensor  # int64 [num_tokens]
-    block_size: int
     causal: bool
     max_query_len: int  # upper bound over the batch, or over all batches that a captured graph may be replayed for
-    workspace: torch.Tensor  # uint8
+    workspace: torch.Tensor  # uint8, of `attend`
+    route_workspace: torch.Tensor  # uint8, of the prefill route
     # The prefill route's plans for the sequences behind the first num_decodes, by PrefillRoute.plan_key; empty if there are none,
     # or if `attend` is to serve the whole batch.
     plans: dict[tuple[int, Limits], Plan] = field(default_factory=dict)
@@ -86,9 +87,10 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     # batch within its tokens, requests and max_query_len. vLLM captures mixed batches with max_query_len = tokens, and decodes
     # with the uniform length, so that bound holds at each replay.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
-    # One buffer per device for all layers and groups of this process: layers run one after another. It grows while builders
-    # are made, never during a step.
-    _workspaces: ClassVar[dict[torch.device, torch.Tensor]] = {}
+    # One buffer per device and use for all layers and groups of this process: layers run one after another. It grows while
+    # builders are made, never during a step. `attend` and the prefill route have one each: arrival counters of `attend` live in
+    # its workspace from one call to the next, and what the route leaves in there would make a later decode merge too early.
+    _workspaces: ClassVar[dict[tuple[torch.device, str], torch.Tensor]] = {}
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device, **unknown: Any
@@ -96,19 +98,22 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         pass_over("a metadata builder", unknown)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         check_in_force(vllm_config.additional_config)
+        # Again here: a configuration that EngineArgs did not make was not checked at its making.
+        if refused := images_refusal(vllm_config.model_config):
+            raise NotImplementedError(f"tq-backend: {refused}")
         check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_window(layers, read_options(vllm_config.additional_config).sliding_window)
         scheduler = vllm_config.scheduler_config
-        for layer in layers.values():  # vLLM gives it to the layer and not to the implementation
-            layer.impl.head_size_v = layer.head_size_v
+        for layer in layers.values():  # vLLM gives these to the layer and the builder, not to the implementation
+            layer.impl.set_pages(layer.head_size_v, kv_cache_spec.block_size)
         impls = list({id(layer.impl): layer.impl for layer in layers.values()}.values())
         # Gemma 4 clamps an image to the window; up to the window's length that changes nothing.
         self.longest_span = max(
             (x.impl.sliding_window for x in layers.values() if getattr(x, "mm_prefix_clamp_sliding_window", False)),
             default=0,
         )
-        needed = self._route_prefill(impls)
+        needed = 0
         for impl in impls:
             impl.per_head_floats(device)
             size = torch_ops().workspace_size(
@@ -122,8 +127,8 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 device_index(device),
             )
             needed = max(needed, size)
-        if device not in self._workspaces or self._workspaces[device].numel() < needed:
-            self._workspaces[device] = torch.empty(needed, dtype=torch.uint8, device=device)
+        self._reserve("attend", needed)
+        self._reserve("route", self._route_prefill(impls))
         names = sorted({formats.page_format(layer.impl.kv_cache_dtype) for layer in layers.values()})
         logger.info(
             "tq-backend %s serves %s in %d layers (%s): %d bytes per token and KV head, pages of %d tokens",
@@ -131,9 +136,15 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             ", ".join(names),
             len(layers),
             ", ".join(layer_names),
-            kv_cache_spec.state_content_size_bytes,
+            kv_cache_spec.state_content_bytes,
             kv_cache_spec.block_size,
         )
+
+    def _reserve(self, use: str, num_bytes: int) -> None:
+        kept = self._workspaces.get((self.device, use))
+        if kept is None or kept.numel() < num_bytes:
+            # Zeros: the counters that `attend` keeps in its workspace begin there, and it leaves them at zero after each call.
+            self._workspaces[self.device, use] = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
 
     def _route_prefill(self, impls: list[Any]) -> int:
         """Gives the layers that may have one a prefill route. Returns the bytes of workspace that the routes need."""
@@ -163,8 +174,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             logger.warning(
                 "TURBOQUANT prefills by its own kernel, which reads the current chunk from pages: %s", reason
             )
-        # The runner then puts sequences with few query tokens first.
-        if self.plan_keys and hasattr(self, "_init_reorder_batch_threshold"):
+        if self.plan_keys:  # the runner then puts sequences with few query tokens first
             self._init_reorder_batch_threshold(MAX_DECODE_QUERY_LEN, supports_spec_as_decode=True)
         return needed
 
@@ -184,8 +194,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     ) -> TurboQuantMetadata:
         pass_over("build", unknown)
         common = common_attn_metadata
-        causal = getattr(common, "causal", True)
-        if isinstance(causal, torch.Tensor):
+        if isinstance(common.causal, torch.Tensor):
             raise NotImplementedError(
                 "TURBOQUANT takes one causal flag for the whole batch; this batch mixes causal and bidirectional requests"
             )
@@ -195,19 +204,20 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
-            block_size=self.kv_cache_spec.block_size,
-            causal=bool(causal),
+            causal=bool(common.causal),
             max_query_len=common.max_query_len,
-            workspace=self._workspaces[self.device],
+            workspace=self._workspaces[self.device, "attend"],
+            route_workspace=self._workspaces[self.device, "route"],
             mm_prefix_range_tensor=spans_of_batch(
+                # Where it is gone, no engine with such images was made: images_refusal.
                 getattr(common, "mm_req_doc_ranges", None),
                 common.seq_lens.shape[0],
                 self.device,
                 self.longest_span,
             ),
         )
-        if causal and self.plan_keys and metadata.mm_prefix_range_tensor is None:
-            plan_prefill(metadata, common, self.plan_keys, self.reorder_batch_threshold or 1)
+        if metadata.causal and self.plan_keys and metadata.mm_prefix_range_tensor is None:
+            plan_prefill(metadata, common, self.plan_keys, self.reorder_batch_threshold)
         return metadata
 
 
@@ -218,15 +228,15 @@ def plan_prefill(
     max_decode_query_len: int,
 ) -> None:
     """Splits a batch, whose decodes come first, and plans its prefills: from lengths on the host, without waiting for the device."""
-    seq_lens = getattr(common, "seq_lens_cpu_upper_bound", None)  # exact where a sequence prefills
-    if seq_lens is None or common.num_reqs == 0:
+    seq_lens = common.seq_lens_cpu_upper_bound  # exact where a sequence prefills
+    if seq_lens is None or common.max_query_len <= max_decode_query_len:
         return
-    decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=max_decode_query_len)
-    if prefills == 0:
-        return
-    start = common.query_start_loc_cpu.tolist()
-    lens = seq_lens[decodes : decodes + prefills].tolist()
+    start = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
     counts = [end - begin for begin, end in itertools.pairwise(start)]
+    decodes = next((i for i, n in enumerate(counts) if n > max_decode_query_len), None)
+    if decodes is None:
+        return
+    lens = seq_lens[decodes : common.num_reqs].tolist()
     if any(0 < n <= max_decode_query_len and n < length for n, length in zip(counts[decodes:], lens, strict=True)):
         return  # the runner did not put decodes first; the host may not know how many of their drafts were accepted
     plans = {}
@@ -235,5 +245,5 @@ def plan_prefill(
         if plan is not None:
             plans[window, limits] = plan
     metadata.plans = plans
-    metadata.num_decodes, metadata.num_decode_tokens = decodes, decode_tokens
+    metadata.num_decodes, metadata.num_decode_tokens = decodes, start[decodes]
     metadata.max_decode_query_len = max(counts[:decodes], default=0)

@@ -253,7 +253,7 @@ def grouped(own: Callable[..., list[Any]], vllm_config: Any, specs: dict[str, An
         groups = own(vllm_config, planned_specs(specs, found))
     except (Unplanned, *ENGINE_ERRORS) as error:
         reason = str(error) or type(error).__name__
-    except (AttributeError, TypeError) as error:  # an engine that changed under us keeps its own planning
+    except (AttributeError, TypeError, ImportError) as error:  # an engine that changed under us keeps its own planning
         reason = f"{type(error).__name__}: {error}"
     else:
         line = sentence(request, specs, found) + hint(request, specs, kernel_block(specs), found)

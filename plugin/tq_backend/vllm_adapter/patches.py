@@ -1,5 +1,9 @@
 """The ledger: everything of the engine that this package changes at run time. No other file replaces anything of vLLM's, but
-register.py where this one cannot: so that `strict` stops an engine even then.
+register.py where this one cannot, so that `strict` stops an engine even then, and serving.py, which registers our class.
+
+Each wrap runs in every engine, so each asks one question first: does a configuration among the arguments have a turboquant_* cache?
+If not, vLLM's own function is called with what came, and nothing else of this package runs. A wrap is not made where the engine
+has no function of that name; interface.py says what that means to an engine that asks.
 
 EngineArgs.create_engine_config
   What:  wrapped. Its result is checked and adjusted (engine_config.py) if the cache dtype is turboquant_*, and is returned
@@ -10,12 +14,19 @@ EngineArgs.create_engine_config
   Probe: the method exists; otherwise apply() raises, register() declines with that line, and TURBOQUANT stays vLLM's.
   Goes:  when vLLM chooses attention backends per layer under an explicit flag and stops forcing FlashAttention 2.
 
+Platform.get_attn_backend_cls, of the platform in use
+  What:  wrapped. Before the first layer of an engine that asks chooses its backend, our class is put behind TURBOQUANT.
+  Why:   workers get a configuration that the front end made, and vLLM loads plugins in them before it shows it. A class that
+         is registered there and then is imported and asked in every engine: on CUDA TURBOQUANT is a candidate for each layer.
+  Probe: the method exists; otherwise an engine that asks is declined.
+  Goes:  when vLLM hands a general plugin the configuration.
+
 get_kv_cache_groups (v1/core/kv_cache_planning.py, in vLLM 0.32 v1/core/kv_cache_utils.py)
   What:  wrapped. With a compressed layer among them, the layers' specs get the planner's block sizes and paddings (page_plan.py)
          before they are grouped; the grouping itself, and every engine without such a layer, stays vLLM's.
   Why:   a layer's spec is made where the other layers are not known, and vLLM then pads compressed pages up to native ones.
          0.33's KVCacheConfigBuilder is chosen by the platform, so it would take a platform class for each kind of GPU.
-  Probe: one of the two modules has the function; otherwise apply() raises, as above.
+  Probe: one of the two modules has the function; otherwise an engine that asks is declined.
   Goes:  when vLLM unifies page sizes by block sizes with a common multiple, or a plugin can name the KVCacheConfigBuilder.
 
 Platform._align_heterogeneous_kv_block_size
@@ -33,44 +44,42 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from tq_backend.register import BACKEND_PATH
-from tq_backend.vllm_adapter import conflicts, engine_config, page_plan
-from tq_backend.vllm_adapter.options import CREATED, read_options
+from tq_backend.names import LOGGER, asks
+from tq_backend.vllm_adapter import serving
 
-logger = logging.getLogger("vllm.tq_backend")
+logger = logging.getLogger(LOGGER)
 
 MARK = "_tq_backend_wraps"
-# Why register() declined in this process; empty if it did not.
-declined: list[str] = []
-
-
-def not_ours() -> str | None:
-    """Why something else than our class would serve turboquant_* in this process; None if ours would."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    path = AttentionBackendEnum.TURBOQUANT.get_path()
-    if declined:
-        return "; ".join(declined)
-    return None if path == BACKEND_PATH else f"AttentionBackendEnum.TURBOQUANT stands for {path}"
 
 
 def checked_config(create: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     """create_engine_config with our part behind it. Raises ValueError where an engine with a turboquant_* cache must not start."""
-    version = getattr(engine_args.attention_config, "flash_attn_version", None)
     config = create(engine_args, *args, **kwargs)
-    options = read_options(config.additional_config)
-    if not config.cache_config.cache_dtype.startswith("turboquant_"):
-        return config
-    reason, others = not_ours(), conflicts.competitors()
+    return served_config(config, engine_args) if asks(config) else config
+
+
+def served_config(config: Any, engine_args: Any) -> Any:
+    """The configuration of an engine that asks, checked and adjusted."""
+    from vllm.platforms import current_platform
+
+    from tq_backend.vllm_adapter import conflicts, engine_config, interface
+    from tq_backend.vllm_adapter.options import CREATED, read_options
+
+    options = read_options(getattr(config, "additional_config", None))
+    reason, others = serving.not_ours(), conflicts.competitors()
     if options.strict and (reason or others):
         raise ValueError(f"tq-backend, strict: {reason or conflicts.sentence(others)}")
+    if (
+        reason and getattr(current_platform, "device_type", "") == "cpu"
+    ):  # where vLLM's own kernel would read packed bytes
+        raise ValueError(f"tq-backend: {config.cache_config.cache_dtype} needs it on a CPU, and {reason}; run tq-check")
     if reason:
         logger.warning("tq-backend does not serve this engine: %s", reason)
         return config
-    refused = engine_config.refusal(config)
+    refused = engine_config.refusal(config) or interface.images_refusal(config.model_config)
     if refused:
         raise ValueError(f"tq-backend: {refused}")
-    engine_config.adjust(config, options, version)
+    engine_config.adjust(config, options, engine_args.attention_config.flash_attn_version)
     if isinstance(config.additional_config, dict):
         config.additional_config = {**config.additional_config, CREATED: True}  # reaches the workers
     return config
@@ -91,9 +100,9 @@ def unwrapped(function: Any) -> Any:
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any], bind: Callable[..., Any] = lambda f: f) -> None:
-    """Puts around(own, ...) in the place of owner's function `name`, once. Raises AttributeError if there is none."""
-    own = getattr(owner, name)
-    if hasattr(own, MARK):
+    """Puts around(own, ...) in the place of owner's function `name`, once; nothing if there is none."""
+    own = getattr(owner, name, None)
+    if own is None or hasattr(own, MARK):
         return
     inner = getattr(own, "__func__", own)
 
@@ -105,23 +114,50 @@ def wrap(owner: Any, name: str, around: Callable[..., Any], bind: Callable[..., 
     setattr(owner, name, bind(wrapped))
 
 
-def planned_groups(own: Callable[..., Any], vllm_config: Any, kv_cache_spec: dict[str, Any]) -> Any:
-    if not any(map(page_plan.is_compressed, kv_cache_spec.values())) or not_ours():
-        return own(vllm_config, kv_cache_spec)
-    return page_plan.grouped(own, vllm_config, kv_cache_spec)
+def selected_backend(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from vllm.config import get_current_vllm_config_or_none
+
+    if asks(get_current_vllm_config_or_none()):
+        serving.not_ours()  # registers; why not, if not, is in the log
+    return own(*args, **kwargs)
 
 
-def no_alignment(own: Callable[..., Any], platform: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    if not vllm_config.cache_config.cache_dtype.startswith("turboquant_") or not_ours():
-        own(platform, vllm_config, *args, **kwargs)
+def planned_groups(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not any(map(asks, (*args, *kwargs.values()))) or serving.not_ours():
+        return own(*args, **kwargs)
+    return _planned(own, *args, **kwargs)
+
+
+def _planned(own: Callable[..., Any], vllm_config: Any, kv_cache_spec: dict[str, Any], *rest: Any, **more: Any) -> Any:
+    """Of an engine that asks. What a newer vLLM gives besides goes through."""
+    from tq_backend.vllm_adapter import page_plan
+
+    def engines(config: Any, specs: dict[str, Any]) -> Any:
+        return own(config, specs, *rest, **more)
+
+    if not any(map(page_plan.is_compressed, kv_cache_spec.values())):
+        return engines(vllm_config, kv_cache_spec)
+    return page_plan.grouped(engines, vllm_config, kv_cache_spec)
+
+
+def no_alignment(own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    if not any(map(asks, (*args, *kwargs.values()))) or serving.not_ours():
+        own(*args, **kwargs)
 
 
 def apply() -> None:
-    """Any number of times; each wrap is made once. Raises AttributeError if the engine lacks what the ledger names."""
+    """Any number of times; each wrap is made once. Raises AttributeError if no engine that asks could be noticed."""
+    from vllm import config
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.platforms.interface import Platform
 
+    if not hasattr(EngineArgs, "create_engine_config"):
+        raise AttributeError("this vLLM's EngineArgs has no create_engine_config")
+    if not hasattr(config.CacheConfig, "cache_dtype"):
+        raise AttributeError("this vLLM's CacheConfig has no cache_dtype")
     wrap(EngineArgs, "create_engine_config", checked_config)
+    if hasattr(config, "get_current_vllm_config_or_none"):
+        wrap(type(current_platform), "get_attn_backend_cls", selected_backend, classmethod)
     wrap(planning_module(), "get_kv_cache_groups", planned_groups)
-    if hasattr(Platform, "_align_heterogeneous_kv_block_size"):
-        wrap(Platform, "_align_heterogeneous_kv_block_size", no_alignment, classmethod)
+    wrap(Platform, "_align_heterogeneous_kv_block_size", no_alignment, classmethod)

@@ -5,33 +5,29 @@ Stock CpuPlatform ignores the requested backend and runs its own kernel over the
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from tq_backend.register import BACKEND_PATH
-
-logger = logging.getLogger("vllm.tq_backend")
+from tq_backend.names import ALTERNATIVE, BACKEND_PATH, is_ours
+from tq_backend.vllm_adapter import serving
 
 
 class TurboQuantCpuPlatform(CpuPlatform):
     @classmethod
-    def get_attn_backend_cls(
-        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
-    ) -> str:
-        dtype = attn_selector_config.kv_cache_dtype
-        if dtype is None or not dtype.startswith("turboquant_"):
-            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
-        if attn_selector_config.use_mla or attn_selector_config.use_sparse:
+    def get_attn_backend_cls(cls, *args: Any, **kwargs: Any) -> str:
+        """vLLM's own arguments, whatever they are: a layer without a compressed cache must not notice us."""
+        compressed = [x for x in (*args, *kwargs.values()) if is_ours(getattr(x, "kv_cache_dtype", None))]
+        if not compressed:
+            return super().get_attn_backend_cls(*args, **kwargs)
+        asked = compressed[0]
+        if asked.use_mla or asked.use_sparse:
             raise NotImplementedError(
-                f"kv_cache_dtype {dtype} does not serve MLA or sparse attention, whose cache is not keys and values; use "
-                "--kv-cache-dtype auto or fp8 for this model"
+                f"kv_cache_dtype {asked.kv_cache_dtype} does not serve MLA or sparse attention, whose cache is not keys and "
+                f"values; {ALTERNATIVE}"
             )
-        if AttentionBackendEnum.TURBOQUANT.get_path() != BACKEND_PATH:
+        if reason := serving.not_ours():
             raise RuntimeError(
-                f"kv_cache_dtype {dtype} needs tq-backend on a CPU, and tq-backend has declined (see its warning above); "
-                "run tq-check"
+                f"kv_cache_dtype {asked.kv_cache_dtype} needs tq-backend on a CPU, and {reason}; run tq-check"
             )
         return BACKEND_PATH

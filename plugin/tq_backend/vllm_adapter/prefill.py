@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tq_backend.vllm_adapter.interface import Without, unmet
 from tq_backend.vllm_adapter.prefill_plan import Buffers, Decode, Geometry, Limits, Plan
 
 
@@ -94,7 +95,8 @@ class PrefillRoute:
         out: torch.Tensor,
     ) -> None:
         """Writes the plan's rows of out. query [tokens, heads, dim], key, value [tokens, kv_heads, dim], out [tokens, heads, dim_v]
-        and block_table [seqs, blocks] are the whole batch's; sinks: float32 [heads]; workspace: uint8, workspace_size() of it."""
+        and block_table [seqs, blocks] are the whole batch's; sinks: float32 [heads]; workspace: uint8, workspace_size() of it, and
+        not the one of `attend`."""
         if self._buffers is None or self._buffers.workspace is not workspace:
             self._buffers = Buffers(self.geometry, self.limits, workspace)
         buffers = self._buffers
@@ -167,10 +169,11 @@ def unserved(g: Geometry, device: torch.device, soft_cap: float, alibi: bool) ->
 
 
 def _missing(flash_attention: int) -> str | None:
-    try:
-        from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
-    except ImportError as error:
-        return f"vLLM's FlashAttention cannot be imported ({error})"
+    lacking = unmet(Without.PREFILL)
+    if lacking:
+        return "; ".join(lacking)
+    from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+
     if not is_fa_version_supported(flash_attention):
         return f"this vLLM was built without FlashAttention-{flash_attention}"
     return None

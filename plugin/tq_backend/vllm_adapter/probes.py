@@ -1,36 +1,15 @@
-"""What the adapter needs of the engine and of this installation, asked of the objects themselves and not of versions."""
+"""What must hold for us to serve an engine: that vLLM has what the adapter touches, and that this installation can compute."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from tq_backend._library import native, torch_ops
+from tq_backend.vllm_adapter import interface
 
 
-def _backend_seam() -> str:
-    from vllm.v1.attention import backend
-    from vllm.v1.attention.backends import registry
-
-    if not hasattr(registry, "register_backend"):
-        return "this vLLM has no register_backend"
-    if "TURBOQUANT" not in registry.AttentionBackendEnum.__members__:
-        return "this vLLM has no AttentionBackendEnum.TURBOQUANT"
-    if not hasattr(backend.AttentionBackend, "customize_spec"):
-        return "this vLLM plans pages without AttentionBackend.customize_spec (before 0.32)"
-    return ""
-
-
-def _spec_seam() -> str:
-    import dataclasses
-
-    from vllm.v1 import kv_cache_interface as interface
-
-    fields = {field.name for field in dataclasses.fields(interface.AttentionSpec)}
-    if not {"state_content_bytes", "kv_quant_mode"} <= fields:
-        return "this vLLM's AttentionSpec has no state_content_bytes or kv_quant_mode"
-    if not hasattr(interface.KVQuantMode.NONE, "is_turboquant"):
-        return "this vLLM's KVQuantMode does not know turboquant"
-    return ""
+def _interface() -> str:
+    return "; ".join(interface.unmet(interface.Without.DECLINE))
 
 
 def _ops() -> str:
@@ -50,8 +29,7 @@ def _kernels() -> str:
 
 
 PROBES: dict[str, Callable[[], str]] = {
-    "attention backend registry": _backend_seam,
-    "KV cache spec": _spec_seam,
+    "vLLM's interface": _interface,
     "LibTorch ops": _ops,
     "kernel library of this platform": _kernels,
 }

@@ -7,7 +7,9 @@ import logging
 
 import torch
 
-logger = logging.getLogger("vllm.tq_backend")
+from tq_backend.names import LOGGER
+
+logger = logging.getLogger(LOGGER)
 
 
 @functools.cache

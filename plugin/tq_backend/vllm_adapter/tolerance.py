@@ -10,7 +10,9 @@ import functools
 import logging
 from collections.abc import Iterable
 
-logger = logging.getLogger("vllm.tq_backend")
+from tq_backend.names import LOGGER
+
+logger = logging.getLogger(LOGGER)
 
 
 @functools.cache
