@@ -59,9 +59,9 @@ int main(void) {
   for (int i = 0; i < kLayers; ++i) {
     layers[i] = (TqLayerDesc){.struct_size = sizeof layers[i], .format_id = formats[i],
                               .num_heads = kHeads, .num_kv_heads = kKvHeads, .head_dim = kDim, .dtype = TQ_DTYPE_F32,
-                              .attention_kind = TQ_ATTENTION_DECODER, .kv_sharing_target = -1};
+                              .attention_kind = TQ_ATTENTION_DECODER};
     planned[i] = (TqPlanLayer){.struct_size = sizeof planned[i], .format_id = formats[i],
-                               .num_kv_heads = kKvHeads, .head_dim = kDim, .kv_sharing_target = -1};
+                               .num_kv_heads = kKvHeads, .head_dim = kDim};
     uint64_t unmet = 0; /* what this backend cannot do for the layer: ask before a model is loaded */
     check("check_layer", tq->check_layer(backend, &layers[i], &unmet, &error));
     for (int bit = 0; bit < 64; ++bit) {
@@ -104,7 +104,7 @@ int main(void) {
     check("store_kv", tq->store_kv(backend, &store, &error));
 
     uint64_t bytes = 0;
-    check("workspace_size", tq->workspace_size(backend, &layers[i], 1, 1, &bytes, &error));
+    check("workspace_size", tq->workspace_size(backend, &layers[i], &bytes, &error));
     void* workspace = aligned_alloc(64, (bytes + 63) / 64 * 64);
     if (workspace == NULL) return 1;
     memset(workspace, 0, bytes); /* once, before its first use */
@@ -117,9 +117,15 @@ int main(void) {
                                  .workspace = workspace, .workspace_bytes = bytes};
     check("attend", tq->attend(backend, &attend, &error));
 
-    const int rows = kTokens * kKvHeads;
-    check("keys", tq->fake_quantize(formats[i], 1, kDim, rows, &key[0][0][0], &key_read[0][0][0], &error));
-    check("values", tq->fake_quantize(formats[i], 0, kDim, rows, &value[0][0][0], &value_read[0][0][0], &error));
+    TqFakeQuantizeArgs keys = {.struct_size = sizeof keys, .format_id = formats[i], .side = TQ_SIDE_KEY,
+                               .head_dim = kDim, .num_rows = kTokens * kKvHeads,
+                               .in = &key[0][0][0], .out = &key_read[0][0][0]};
+    check("fake_quantize", tq->fake_quantize(&keys, &error));
+    TqFakeQuantizeArgs values = keys;
+    values.side = TQ_SIDE_VALUE;
+    values.in = &value[0][0][0];
+    values.out = &value_read[0][0][0];
+    check("fake_quantize", tq->fake_quantize(&values, &error));
     const double difference = largest_error(scale);
     printf("layer %d: largest difference from the reference %.1e\n", i, difference);
     if (!(difference < 1e-3)) return 1;
