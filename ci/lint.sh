@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=.venv/bin
-mapfile -t sources < <(find csrc hip tests \( -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.hip' \) -not -path 'tests/abi/headers/*' | LC_ALL=C sort)
+mapfile -t sources < <(find csrc hip tests examples \( -name '*.c' -o -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.hip' \) -not -path 'tests/abi/headers/*' | LC_ALL=C sort)
 $bin/clang-format --dry-run -Werror "${sources[@]}"
 $bin/ruff check setup.py plugin ci tests
 $bin/ruff format --check setup.py plugin ci tests

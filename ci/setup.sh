@@ -3,7 +3,8 @@
 # package built and installed into it. Does nothing that is done already; a second run takes seconds.
 # Environment: TQ_REQUIRE_KERNELS, some of "cpu cuda hip": with cuda, the CUDA compiler too and the CUDA kernels for
 # TQ_CUDA_ARCHITECTURES; with hip, clang 22 too and the HIP kernels, but not where the distribution has no clang 22 and
-# TQ_HIP_COMPILER names none. TQ_BUILD_TESTS=ON: the C++ tests too, and the Python files of a second vLLM for tests/engine.
+# TQ_HIP_COMPILER names none. TQ_BUILD_TESTS=ON: the C++ tests too, what the fuzzers and the check of the ABI need, and the
+# Python files of a second vLLM for tests/engine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,19 +24,30 @@ packages=(g++ python3-venv python3-dev libhwy-dev libfmt-dev libgtest-dev libnum
 # The HIP kernels' compiler, its linker and bundler, and llvm-objdump for ci/check_hip.py. Nothing of ROCm.
 [[ " $TQ_REQUIRE_KERNELS " != *" hip "* || -n "${TQ_HIP_COMPILER:-}" ]] || packages+=(clang-22 lld-22 clang-tools-22 llvm-22)
 missing=()
+# For ci/check_abi.sh and ci/fuzz.sh. Any clang with libFuzzer does: clang 22 where there is one, else the distribution's own.
+fuzzer=
+if [ "$TQ_BUILD_TESTS" = ON ] && ! compgen -G '/usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a' >/dev/null; then
+  fuzzer=wanted
+fi
+[ "$TQ_BUILD_TESTS" != ON ] || packages+=(abigail-tools)
 for package in "${packages[@]}"; do
   dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q '^install ok installed' || missing+=("$package")
 done
-if [ ${#missing[@]} -gt 0 ]; then
-  stage "system packages: ${missing[*]}"
+if [ ${#missing[@]} -gt 0 ] || [ -n "$fuzzer" ]; then
+  stage "system packages: ${missing[*]} ${fuzzer:+libFuzzer}"
   export DEBIAN_FRONTEND=noninteractive
   as_root apt-get update
+  if [ -n "$fuzzer" ]; then
+    version=22
+    apt-cache show clang-22 >/dev/null 2>&1 || version=$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\)$/\1/p')
+    as_root apt-get install -y --no-install-recommends "clang-$version" "libclang-rt-$version-dev"
+  fi
   if [[ " ${missing[*]} " == *" clang-22 "* ]] && ! apt-cache show clang-22 >/dev/null 2>&1; then
     echo "this distribution has no clang-22: the HIP kernels are left out (TQ_HIP_COMPILER names another compiler)"
     TQ_REQUIRE_KERNELS=${TQ_REQUIRE_KERNELS/hip/}
     for i in "${!missing[@]}"; do [[ ${missing[i]} != *-22 ]] || unset 'missing[i]'; done
   fi
-  as_root apt-get install -y --no-install-recommends "${missing[@]}"
+  [ ${#missing[@]} = 0 ] || as_root apt-get install -y --no-install-recommends "${missing[@]}"
 fi
 
 [ -x .venv/bin/python ] || { stage ".venv"; python3 -m venv .venv; }

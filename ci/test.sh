@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is checked: set-up, lint, C++ tests, exported symbols, Python and engine tests.
+# Everything that is checked: set-up, lint, C++ tests, also under sanitizers, exported symbols, the ABI, a minute of fuzzing,
+# Python and engine tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TQ_BUILD_TESTS=ON TQ_REQUIRE_KERNELS="${TQ_REQUIRE_KERNELS:-cpu cuda hip}"
@@ -10,4 +11,7 @@ bash ci/setup.sh
 bash ci/lint.sh
 .venv/bin/ctest --test-dir build --output-on-failure -j "$(nproc)"
 bash ci/check_exports.sh
+bash ci/check_abi.sh
+bash ci/sanitizers.sh
+bash ci/fuzz.sh 60
 .venv/bin/python -m pytest tests/python tests/engine

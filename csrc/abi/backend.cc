@@ -1,7 +1,6 @@
 #include "abi/backend.h"
 
 #include <algorithm>
-#include <cstring>
 #include <iterator>
 
 #include "abi/loader.h"
@@ -9,13 +8,6 @@
 
 namespace tq {
 namespace {
-
-template <size_t N>
-void copy_text(const std::string& from, char (&to)[N]) {
-  const size_t length = std::min(from.size(), N - 1);
-  std::memcpy(to, from.data(), length);
-  to[length] = '\0';
-}
 
 // One bit of check_layer each.
 struct Requirement {
@@ -45,11 +37,6 @@ constexpr Requirement kRequirements[] = {
 };
 
 }  // namespace
-
-Status from_kernel(const KernelStatus& status) {
-  if (status.code == TQ_OK) return {};
-  return {status.code, status.message};
-}
 
 Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   if (out == nullptr) return invalid("out is NULL; it must point to a TqBackend*");

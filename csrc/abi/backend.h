@@ -29,6 +29,4 @@ Status check_layer(const TqBackend& backend, const TqLayerDesc* layer, uint64_t*
 Status layer_supported(const TqBackend& backend, const CheckedLayer& layer);
 const char* unmet_reason(int bit);
 
-Status from_kernel(const KernelStatus& status);
-
 }  // namespace tq

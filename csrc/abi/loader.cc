@@ -119,7 +119,7 @@ Candidate examine(const std::string& dir, int device_kind) {
   out.status = load_kernel_library(out.path, device_kind, &out.kernels);
   if (!out.status.ok()) return out;
   if (const KernelStatus probed = out.kernels->probe(); probed.code != TQ_OK) {
-    out.status = {probed.code, probed.message};
+    out.status = from_kernel(probed);
     return out;
   }
   const char* wanted = wanted_kind();

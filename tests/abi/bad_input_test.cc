@@ -271,7 +271,7 @@ TEST_F(BadInput, ShortErrorStructIsNotOverrun) {
   std::memset(box.error.message, 'x', sizeof(box.error.message));
   attend.causal = 3;
   EXPECT_EQ(api().attend(backend, &attend, &box.error), TQ_INVALID_ARGUMENT);
-  EXPECT_EQ(std::string(box.error.message), "causal is 3");
+  EXPECT_EQ(std::string(box.error.message), "causal\xe2\x80\xa6");
   EXPECT_EQ(box.error.message[12], 'x');
 }
 

@@ -129,6 +129,63 @@ def test_moved_package_finds_its_own_libraries(moved: Path):
     assert all(path.is_relative_to(moved) for path in loaded), loaded
 
 
+EXAMPLE = ROOT / "examples/c_engine"
+
+
+def build_example(find: str, build: Path) -> subprocess.CompletedProcess:
+    flags = ["-DCMAKE_C_FLAGS=-Wall -Wextra -Werror -pedantic", find]
+    cmake = Path(sys.executable).parent / "cmake"
+    subprocess.run([cmake, "-S", EXAMPLE, "-B", build, *flags], check=True, capture_output=True)
+    return subprocess.run([cmake, "--build", build], check=False, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("how", ["tq_backend_DIR=cmake", "CMAKE_PREFIX_PATH="])
+def test_an_engine_in_c_is_built_and_runs_on_the_package(moved: Path, tmp_path: Path, how: str):
+    variable, folder = how.split("=")
+    built = build_example(f"-D{variable}={moved / 'tq_backend' / folder}", tmp_path)
+    assert built.returncode == 0, built.stdout + built.stderr
+    done = subprocess.run([tmp_path / "c_engine"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = [float(x) for x in re.findall(r"largest difference from the reference (\S+)", done.stdout)]
+    assert len(errors) == 2 and 0 < max(errors) < 1e-3
+    linked = subprocess.run(["ldd", tmp_path / "c_engine"], capture_output=True, text=True, check=True).stdout
+    assert f"libtq_backend.so => {moved}" in linked
+
+
+def test_another_minor_version_is_not_taken(tmp_path: Path):
+    project = "cmake_minimum_required(VERSION 3.22)\nproject(p LANGUAGES C)\nfind_package(tq_backend {} REQUIRED)\n"
+    codes = []
+    for version in ("0.0", "0.1", "0.2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "CMakeLists.txt").write_text(project.format(version))
+        command = [Path(sys.executable).parent / "cmake", "-S", version, "-B", f"b{version}"]
+        command.append(f"-Dtq_backend_DIR={PACKAGE / 'cmake'}")
+        codes.append(subprocess.run(command, cwd=tmp_path, check=False, capture_output=True).returncode)
+    assert codes == [1, 0, 1]
+
+
+def test_the_package_says_where_its_header_is(moved: Path):
+    code = "import tq_backend; print(tq_backend.get_include()); print(tq_backend.get_cmake_dir())"
+    include, cmake = run_python(code, moved).splitlines()
+    assert (Path(include), Path(cmake)) == (moved / "tq_backend/include", moved / "tq_backend/cmake")
+    assert (Path(include) / "tq_backend.h").read_bytes() == (ROOT / "csrc/include/tq_backend.h").read_bytes()
+    for file in [*Path(include).iterdir(), *Path(cmake).iterdir()]:
+        assert str(ROOT) not in file.read_text(), file
+
+
+def test_a_source_tree_says_that_it_has_no_header():
+    code = "import tq_backend\ntry: tq_backend.get_include()\nexcept FileNotFoundError as e: print(e)"
+    assert "install the package with pip first" in run_python(code, ROOT / "plugin")
+
+
+def test_the_readme_quotes_the_example_and_it_is_short():
+    source = (EXAMPLE / "main.c").read_text().splitlines()
+    assert len(source) < 150
+    (block,) = re.findall(r"```c\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = iter([line.strip() for line in source])
+    assert all(line in lines for line in block.splitlines()), "README.md quotes lines that are not in main.c"
+
+
 @pytest.mark.parametrize("name", BINARIES)
 def test_no_build_path_remains(name: str):
     dynamic = subprocess.run(["readelf", "-d", PACKAGE / name], capture_output=True, text=True, check=True).stdout

@@ -44,11 +44,11 @@ def command_line() -> str:
     return shlex.join([*words, *sys.argv[1:]])
 
 
-def write_results(path: Path, figures: list[Figure], gpu: str = "") -> None:
+def write_results(path: Path, figures: list[Figure], gpu: str = "", command: str = "") -> None:
     common = {
         "machine": ", ".join(filter(None, [gpu, machine()])),
         "date": datetime.date.today().isoformat(),
-        "command": command_line(),
+        "command": command or command_line(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(figure) | common for figure in figures], indent=1) + "\n")
