@@ -393,6 +393,7 @@ void dequant_kv(Tensor pages, Tensor block_table, Tensor first_tokens, Tensor to
   call(api().dequant_kv, launch.backend, &args);
 }
 
+// Of queries and keys, whose rotation is one for all formats that this library has.
 void rotate(Tensor x, Tensor out, int64_t format_id) {
   const Place place = place_of("x", x);
   const int32_t dtype = dtype_of("x", x);
@@ -417,9 +418,9 @@ void rotate(Tensor x, Tensor out, int64_t format_id) {
   call(api().rotate, launch.backend, &args);
 }
 
-// Bytes of workspace for any attend call with at most so many tokens and sequences. dtype does not matter.
+// Bytes of workspace for any attend call. dtype does not matter.
 int64_t workspace_size(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t head_dim_v, int64_t format_id,
-                       int64_t num_tokens, int64_t num_seqs, int64_t device_index) {
+                       int64_t device_index) {
   const TqLayerDesc layer = make_layer(format_id, num_heads, num_kv_heads, head_dim, head_dim_v, TQ_DTYPE_F32);
   uint64_t bytes = 0;
   call(api().workspace_size, backend_of(device_index), &layer, &bytes);
@@ -451,8 +452,8 @@ STABLE_TORCH_LIBRARY(tq_backend, m) {
       "int block_size, Tensor(a!) key_out, Tensor(b!) value_out, bool keep_rotated, Tensor? token_counts=None) -> ()");
   m.def("rotate(Tensor x, Tensor(a!) out, int format_id) -> ()");
   m.def(
-      "workspace_size(int num_heads, int num_kv_heads, int head_dim, int head_dim_v, int format_id, int num_tokens, "
-      "int num_seqs, int device_index=-1) -> int");
+      "workspace_size(int num_heads, int num_kv_heads, int head_dim, int head_dim_v, int format_id, "
+      "int device_index=-1) -> int");
   m.def("counters(int device_index=-1) -> int[]");
 }
 

@@ -114,7 +114,7 @@ def layer(**options) -> TurboQuantImpl:
 
 def metadata(causal: bool = True, images: dict | None = None) -> TurboQuantMetadata:
     raw = native().format_by_name("raw_f32")["format_id"]
-    size = torch_ops().workspace_size(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, raw, sum(QUERY_LENS), len(SEQ_LENS))
+    size = torch_ops().workspace_size(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, raw)
     return TurboQuantMetadata(
         num_actual_tokens=sum(QUERY_LENS),
         query_start_loc=torch.tensor([0, 1, 18, 58], dtype=torch.int32),

@@ -19,7 +19,7 @@ FORMAT = "turboquant_4bit_nc"
 def arguments() -> dict[str, object]:
     """Of attend, for two sequences with 1 and 3 query tokens of 16 each."""
     spec = native().kv_cache_spec(FORMAT, KV_HEADS, DIM)
-    size = torch_ops().workspace_size(HEADS, KV_HEADS, DIM, DIM, spec["format_id"], 4, 2)
+    size = torch_ops().workspace_size(HEADS, KV_HEADS, DIM, DIM, spec["format_id"])
     return {
         "query": torch.zeros(4, HEADS, DIM),
         "out": torch.zeros(4, HEADS, DIM),
@@ -95,10 +95,10 @@ def test_integers_of_the_other_operators_are_not_cut(added: int):
         "head_dim_v": DIM,
         "format_id": spec["format_id"],
     }
-    assert torch_ops().workspace_size(**sizes, num_tokens=4, num_seqs=2) > 0
+    assert torch_ops().workspace_size(**sizes) > 0
     for name, size in sizes.items():
         with pytest.raises(RuntimeError, match=rf"{name} is -?\d+; it must be from "):
-            torch_ops().workspace_size(**sizes | {name: beyond(size)}, num_tokens=4, num_seqs=2)
+            torch_ops().workspace_size(**sizes | {name: beyond(size)})
     with pytest.raises(RuntimeError, match=r"device_index is -?\d+; it must be -1 for the CPU"):
         torch_ops().counters(beyond(-1))
 
@@ -261,7 +261,7 @@ def test_device_index():
 
 def test_a_gpu_without_its_kernels_is_said(tmp_path):
     """In a folder of no kernel libraries; what torch was built for decides which one is missed."""
-    code = "from tq_backend._library import torch_ops; torch_ops().workspace_size(4, 2, 64, 64, 0x0201, 4, 2, 0)"
+    code = "from tq_backend._library import torch_ops; torch_ops().workspace_size(4, 2, 64, 64, 0x0201, 0)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False,
         env=os.environ | {"TQ_KERNELS_DIR": str(tmp_path)},

@@ -73,7 +73,7 @@ def our_calls(format_name: str, batch: int, context: int, layers: int) -> list[C
     query = torch.randn(batch, HEADS, HEAD_DIM).bfloat16()
     out = torch.empty_like(query)
     start, lens, table = batch_tables(batch, context)
-    size = ops.workspace_size(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, spec["format_id"], batch, batch)
+    size = ops.workspace_size(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, spec["format_id"])
     workspace = torch.zeros(size, dtype=torch.uint8)  # as attend wants it before its first use
 
     def call(pages: torch.Tensor) -> None:

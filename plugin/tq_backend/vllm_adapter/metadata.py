@@ -104,7 +104,6 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         check_window(layers, read_options(vllm_config.additional_config).sliding_window)
-        scheduler = vllm_config.scheduler_config
         for layer in layers.values():  # vLLM gives these to the layer and the builder, not to the implementation
             layer.impl.set_pages(layer.head_size_v, kv_cache_spec.block_size)
         impls = list({id(layer.impl): layer.impl for layer in layers.values()}.values())
@@ -122,8 +121,6 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 impl.head_size,
                 impl.head_size_v,
                 formats.format_id(impl.kv_cache_dtype),
-                scheduler.max_num_batched_tokens,
-                scheduler.max_num_seqs,
                 device_index(device),
             )
             needed = max(needed, size)

@@ -5,7 +5,10 @@
 #include <string>
 
 #include "build_id.h"
+#include "elf/build_note.h"
 #include "kernels/kernels.h"
+
+TQ_BUILD_NOTE(tq::kBuildId);
 
 extern "C" __attribute__((visibility("default"))) const tq::KernelApi* tq_kernels_get_api() {
   static const tq::KernelApi api = [] {
