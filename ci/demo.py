@@ -30,8 +30,9 @@ logging.disable(logging.WARNING)
 import torch  # noqa: E402
 from tq_backend.cli.engine import KV_CACHE_BYTES, Engine, counters  # noqa: E402
 from tq_backend.cli.heldout import heldout_tokens, load_tokenizer, retrieval_prompt  # noqa: E402
-from tq_backend.cli.plan import plan, read_config  # noqa: E402
+from tq_backend.cli.plan import plan  # noqa: E402
 from tq_backend.cli.quality import compare  # noqa: E402
+from tq_backend.cli.read_config import read_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 FORMATS = [None, "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"]
@@ -68,7 +69,7 @@ def speed(engine: Engine) -> tuple[float, str]:
 
 
 def main() -> None:
-    config = read_config(MODEL)
+    config = read_file(MODEL)
     tokens = heldout_tokens(MODEL, WINDOW)
     base = None
     rows = []

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import engine_arithmetic as engine
 from tq_backend import model_layers
-from tq_backend.cli.plan import IN_FLIGHT_TOKENS, plan, waste_percent
+from tq_backend.cli.plan import IN_FLIGHT_TOKENS, plan
 from tq_backend.cli.results import Figure, write_results
+from tq_backend.plan_text import waste_percent
 
 MODELS = Path(__file__).resolve().parent / "model_configs.json"
 PRESETS = ("turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc")

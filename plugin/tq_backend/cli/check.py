@@ -124,6 +124,7 @@ def sentences(report: dict) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tq-check", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"tq-check {__version__}")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     parser.add_argument(
         "--self-test",

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tq_backend._library import native
-from tq_backend.cli.plan import STRATEGIES, describe, waste_percent
 from tq_backend.model_layers import CacheLayer
+from tq_backend.plan_text import STRATEGIES, describe, waste_percent
 from tq_backend.vllm_adapter import formats
 
 logger = logging.getLogger("vllm.tq_backend")
