@@ -104,7 +104,7 @@ std::string read_library_file(const std::string& path, std::string* build_id) {
   if (!S_ISREG(status.st_mode)) return path + " is " + kind_of(status.st_mode) + "; it must be a shared library";
   const auto bytes = static_cast<uint64_t>(status.st_size);
 
-  const std::string cut_short = path + " is cut short: it has " + std::to_string(bytes) +
+  std::string cut_short = path + " is cut short: it has " + std::to_string(bytes) +
                                 " bytes, less than its own tables say; install it again";
   Header header = {};
   if (bytes < sizeof(header) || !file.read(0, &header, sizeof(header)) ||
