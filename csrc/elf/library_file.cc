@@ -105,7 +105,7 @@ std::string read_library_file(const std::string& path, std::string* build_id) {
   const auto bytes = static_cast<uint64_t>(status.st_size);
 
   std::string cut_short = path + " is cut short: it has " + std::to_string(bytes) +
-                                " bytes, less than its own tables say; install it again";
+                          " bytes, less than its own tables say; install it again";
   Header header = {};
   if (bytes < sizeof(header) || !file.read(0, &header, sizeof(header)) ||
       std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0) {
