@@ -21,7 +21,7 @@ enum class ValueCodec : uint8_t {
 };
 
 // TqFormatId of the public header, which csrc/abi asserts.
-enum FormatId : uint32_t {
+enum FormatId : uint32_t {  // NOLINT(performance-enum-size): the width of the public field
   kTurboquantK8V4 = 0x0101,
   kTurboquant4BitNc = 0x0201,
   kTurboquantK3V4Nc = 0x0301,

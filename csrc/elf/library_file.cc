@@ -104,8 +104,8 @@ std::string read_library_file(const std::string& path, std::string* build_id) {
   if (!S_ISREG(status.st_mode)) return path + " is " + kind_of(status.st_mode) + "; it must be a shared library";
   const auto bytes = static_cast<uint64_t>(status.st_size);
 
-  const std::string cut_short = path + " is cut short: it has " + std::to_string(bytes) +
-                                " bytes, less than its own tables say; install it again";
+  std::string cut_short = path + " is cut short: it has " + std::to_string(bytes) +
+                          " bytes, less than its own tables say; install it again";
   Header header = {};
   if (bytes < sizeof(header) || !file.read(0, &header, sizeof(header)) ||
       std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0) {

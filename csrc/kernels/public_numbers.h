@@ -5,7 +5,7 @@
 namespace tq {
 
 // TqCode.
-enum StatusCode : int {
+enum StatusCode : int {  // NOLINT(performance-enum-size): KernelStatus.code is an int
   kOk = 0,
   kInvalidArgument = 3,
   kResourceExhausted = 8,
@@ -15,6 +15,7 @@ enum StatusCode : int {
 };
 
 // TqDeviceKind.
+// NOLINTNEXTLINE(performance-enum-size): KernelApi.device_kind is an int
 enum DeviceKind : int { kCpuDevice = 1, kCudaDevice = 2, kHipDevice = 3 };
 
 }  // namespace tq

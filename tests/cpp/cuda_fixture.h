@@ -36,7 +36,11 @@ class DeviceBytes {
   DeviceBytes(const DeviceBytes&) = delete;
   DeviceBytes& operator=(const DeviceBytes&) = delete;
 
-  void upload(const void* from) { cuda_ok(cudaMemcpy(data_, from, size_, cudaMemcpyHostToDevice)); }
+  // Has arrived when it returns, for any stream: a small copy of pageable memory may not have yet.
+  void upload(const void* from) {
+    cuda_ok(cudaMemcpy(data_, from, size_, cudaMemcpyHostToDevice));
+    cuda_ok(cudaDeviceSynchronize());
+  }
   void download(void* to) const { cuda_ok(cudaMemcpy(to, data_, size_, cudaMemcpyDeviceToHost)); }
   template <class T = void>
   T* get() const {
