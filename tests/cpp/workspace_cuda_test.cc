@@ -98,7 +98,7 @@ TEST_F(WorkspaceCuda, ManyWorkspacesOnTwoStreams) {
 // Two layers' graphs with one workspace, replayed in turns with other lengths and with calls between them; a third one
 // is captured and never runs.
 TEST_F(WorkspaceCuda, GraphsShareOne) {
-  CudaCase cases[3] = {{long_config("turboquant_4bit_nc", 128, 1, {2500, 700, 2500}), 41, device},
+  CudaCase cases[3] = {{long_config("turboquant_4bit_nc", 128, 1, {2500, 2400, 2500}), 41, device},
                        {long_config("turboquant_3bit_nc", 256, 2, {1900, 1900, 40}), 42, device},
                        {long_config("turboquant_k8v4", 64, 4, {3000, 3000}), 43, device}};
   uint64_t bytes = 0;
