@@ -71,13 +71,21 @@ def engine_config(
         skip_page_size_padded=None,
         mamba_page_size_padded=None,
         mamba_block_size=None,
+        cache_dtype="turboquant_4bit_nc",
+        kv_cache_dtype_skip_layers=[],
     )
     return SimpleNamespace(
         cache_config=cache,
         model_config=SimpleNamespace(
-            max_model_len=max_model_len, original_max_model_len=max_model_len, supports_kv_cache_grouping=False
+            max_model_len=max_model_len,
+            original_max_model_len=max_model_len,
+            supports_kv_cache_grouping=False,
+            dtype=torch.bfloat16,
         ),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, tensor_parallel_size=1, pipeline_parallel_size=1
+        ),
+        additional_config={},
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         attention_config=SimpleNamespace(hisparse_config=None),
         kv_transfer_config=None,

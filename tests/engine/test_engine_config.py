@@ -5,19 +5,22 @@ The wrapped create_engine_config runs on the real EngineArgs; what only a GPU or
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+import tiny_models
 import torch
 from engines import MODEL
 from tq_backend.names import BACKEND_PATH
 from tq_backend.register import register
-from tq_backend.vllm_adapter import conflicts, engine_config, patches, serving, tolerance
+from tq_backend.vllm_adapter import conflicts, engine_config, patches, serving, skip_layers, tolerance
 from tq_backend.vllm_adapter.backend import TurboQuantBackend
 from tq_backend.vllm_adapter.impl import TurboQuantImpl
 from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
@@ -40,8 +43,8 @@ def registered():
 
 
 def made(**flags):
-    flags = {"kv_cache_dtype": DTYPE, "attention_backend": "TURBOQUANT"} | flags
-    return EngineArgs(model=str(MODEL), **flags).create_engine_config()
+    flags = {"model": str(MODEL), "kv_cache_dtype": DTYPE, "attention_backend": "TURBOQUANT"} | flags
+    return EngineArgs(**flags, skip_tokenizer_init=True).create_engine_config()
 
 
 def test_an_explicit_flag_is_a_choice_per_layer_and_forces_no_flash_attention():
@@ -55,6 +58,97 @@ def test_an_explicit_flag_is_a_choice_per_layer_and_forces_no_flash_attention():
 def test_skip_layers_replace_vllms_choice():
     config = made(additional_config={"turboquant": {"skip_layers": [3]}})
     assert config.cache_config.kv_cache_dtype_skip_layers == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        (
+            [999],
+            "names layer 999, which this model does not have; it takes layer numbers from 0 to 5 and 'sliding_window'",
+        ),
+        ([-1], "names layer -1, which"),
+        (["6"], "names layer 6, which"),
+        ([2**32], "names layer 4294967296, which"),  # 0 in 32 bits
+        (["sliding_windows"], "has 'sliding_windows'; did you mean 'sliding_window'? it takes"),
+        (["full"], "has 'full'; it takes"),
+        (["²"], "has '²'; it takes"),
+        (["9" * 5000], "has '9999"),
+        ([""], "has ''; it takes"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_layers_that_do_not_exist_are_no_layers_to_skip(entries, words):
+    with pytest.raises(ValueError, match=re.escape(f"additional_config['turboquant']['skip_layers'] {words}")):
+        made(additional_config={"turboquant": {"skip_layers": entries}})
+    with pytest.raises(ValueError, match=re.escape(f"--kv-cache-dtype-skip-layers {words}")):
+        made(kv_cache_dtype_skip_layers=[str(entry) for entry in entries])
+
+
+def test_numbers_of_layers_are_compared_as_numbers():
+    config = made(additional_config={"turboquant": {"skip_layers": ["03", 3, "sliding_window"]}})
+    assert config.cache_config.kv_cache_dtype_skip_layers == ["3", "3", "sliding_window"]
+    draft = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=1))
+    text = SimpleNamespace(num_hidden_layers=6)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=text), speculative_config=SimpleNamespace(draft_model_config=draft)
+    )
+    assert skip_layers.num_layers(config) == 7
+
+
+WINDOWS = [4294967312, 2**32, -(2**32), 2**31, 0, True, 1.5, "16"]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_that_wraps_around_is_refused(window):
+    """In 32 bits 4294967312 is 16, 2^32 and -2^32 are none."""
+    sentence = re.escape(f"['sliding_window'] is {window!r}; it must be a number of tokens from 1 to 2147483647")
+    with pytest.raises(ValueError, match=sentence):
+        made(additional_config={"turboquant": {"sliding_window": window}})
+
+
+def test_a_window_of_the_models_that_wraps_around_is_refused():
+    with pytest.raises(
+        ValueError, match="or of --hf-overrides, is 4294967312; it must be a number of tokens from 1 to"
+    ):
+        made(hf_overrides={"sliding_window": 2**32 + 16})
+    assert made(hf_overrides={"sliding_window": 2**31 - 1}).cache_config.sliding_window == 2**31 - 1
+    assert made(hf_overrides={"sliding_window": None}).cache_config.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [(None, "vLLM's own choice is in force"), (3, "flash_attn_version 3 is in force"), (2, "")],
+)
+def test_what_vllm_says_of_flash_attention_is_put_right(given, line, lines_said):
+    config = made(attention_config={} if given is None else {"flash_attn_version": given})
+    assert config.attention_config.flash_attn_version == given
+    about = [text for text in lines_said if "FlashAttention >= 3" in text]
+    assert len(about) == (2 if line else 0), about
+    if line:  # vLLM's, and then ours with its words in it
+        assert re.search(
+            r"TurboQuant is not yet compatible with FlashAttention >= 3. Overriding flash_attn_version to 2", about[0]
+        )
+        assert about[1].startswith("tq-backend: vLLM's line") and line in about[1]
+
+
+def test_a_hybrid_without_a_list_of_layer_types_is_served(tmp_path):
+    """Falcon-H1: vLLM's check finds no layer with attention in its configuration."""
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    own = TurboQuantConfig.get_boundary_skip_layers
+    model = tiny_models.make_config("falcon_h1", "FalconH1ForCausalLM", tmp_path)
+    config = made(model=str(model))
+    assert config.cache_config.kv_cache_dtype_skip_layers == []
+    assert TurboQuantConfig.get_boundary_skip_layers is own
+    with pytest.raises(NotImplementedError, match="requires identifiable"):
+        own(config.model_config)
+
+
+def test_bert_is_refused_at_the_configuration(tmp_path):
+    model = tiny_models.make_config("bert", "BertModel", tmp_path)
+    with pytest.raises(ValueError, match="keeps none between steps; leave --kv-cache-dtype away for it"):
+        made(model=str(model))
 
 
 def test_options_in_a_configuration_made_otherwise_are_an_error():
@@ -134,7 +228,10 @@ def test_a_model_without_shared_caches_keeps_its_skip_list():
 
 def refused(**changes):
     model = SimpleNamespace(
-        use_mla=False, is_encoder_decoder=False, get_total_num_kv_heads=lambda: changes.get("heads", 8)
+        use_mla=False,
+        is_encoder_decoder=False,
+        attn_type="decoder",
+        get_total_num_kv_heads=lambda: changes.get("heads", 8),
     )
     model.__dict__.update({k: v for k, v in changes.items() if k in model.__dict__})
     parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1, tensor_parallel_size=1)
@@ -149,6 +246,8 @@ def refused(**changes):
     [
         ({"use_mla": True}, "MLA attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"attn_type": "encoder_only"}, "leave --kv-cache-dtype away"),
+        ({"attn_type": "attention_free"}, "no layer of this model has any; leave --kv-cache-dtype away"),
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size is 2"),
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size is 2"),
         ({"heads": 6, "tensor_parallel_size": 4}, "6 KV heads cannot be divided among tensor_parallel_size 4"),
@@ -218,19 +317,32 @@ def test_another_plugin_is_named_before_it_brings_the_engine_down(tmp_path):
     assert conflicts.competitors() == []
 
 
-@pytest.fixture
-def warnings_said():
+@contextlib.contextmanager
+def listening(name: str, level: int):
     said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
+    handler = logging.Handler(level)
     handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("vllm.tq_backend")
+    logger = logging.getLogger(name)
     logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    tolerance._say.cache_clear()
+    before = logger.level
+    logger.setLevel(level)
     yield said
     logger.removeHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(before)
+
+
+@pytest.fixture
+def warnings_said():
+    tolerance._say.cache_clear()
+    with listening("vllm.tq_backend", logging.WARNING) as said:
+        yield said
+
+
+@pytest.fixture
+def lines_said():
+    """vLLM's lines and ours, in their order."""
+    with listening("vllm", logging.INFO) as said:
+        yield said
 
 
 def test_keywords_of_a_newer_engine_are_passed_over_with_one_line_each(warnings_said):

@@ -20,7 +20,10 @@ from engines import (
 from safetensors.torch import load_file, save_file
 from tiny_models import prompt
 from tq_backend.cli.engine import Engine, counters
+from tq_backend.vllm_adapter import page_plan
+from tq_backend.vllm_adapter.backend import TurboQuantBackend
 from tq_backend.vllm_adapter.metadata import TurboQuantMetadataBuilder
+from vllm.distributed import cleanup_dist_env_and_memory
 
 CONTEXT = 512
 OPTIONS = {
@@ -31,9 +34,10 @@ OPTIONS = {
     "enable_prefix_caching": True,
     "skip_tokenizer_init": True,
 }
-# Layers with a recurrent state: vLLM's CPU kernel for them takes bfloat16 only, and prefixes are cached at the ends of long blocks.
+# Layers with a recurrent state: vLLM's CPU kernel for Qwen3-Next takes bfloat16 only, the one for Mamba fails where prefixes are
+# cached, and prefixes are cached at the ends of long blocks.
 RECURRENT = {"dtype": "bfloat16", "enable_prefix_caching": False, "max_num_batched_tokens": CONTEXT + 1}
-OWN_OPTIONS = {"qwen3_next": RECURRENT}
+OWN_OPTIONS = {"qwen3_next": RECURRENT, "falcon_h1": RECURRENT | {"dtype": "float32"}}
 # Two float32 implementations of one attention, as in test_engine.py.
 TOLERANCE = 1e-4
 OWN_TOLERANCE = {"qwen3_next": 0.05}  # bfloat16 rounds at 0.004 of each activation; 0.015 was seen
@@ -63,6 +67,14 @@ def poison_freed_pages(engine: Engine) -> None:
     """A page that its window has left is block 0 in the tables from then on. What reads it reads NaN now."""
     for layer in attention_layers(engine):
         layer.kv_cache[0].fill_(0xFF)
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """See test_page_plan.py."""
+    lines: list[str] = []
+    monkeypatch.setattr(page_plan, "say", lambda level, line: lines.append(line))
+    return lines
 
 
 @pytest.fixture
@@ -185,7 +197,43 @@ def test_skipped_layers_are_aligned_with_those_that_share_their_cache(name, fold
     assert largest_difference(ours, stock) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma4", "gpt_oss", "qwen3_next", "head_dim_48"])
+def test_chunked_layers_are_native_where_vllm_skips_them(folder, said):
+    """Llama 4 with the documented flags: the first and last two of 8 layers are native, and of these 0, 1 and 6 attend in chunks."""
+    options = options_of("llama4", folder)
+    with running(None, **options) as engine:
+        stock = observe(engine)
+    with raw_pages(), running(DTYPE, **options, additional_config={}) as engine:
+        ours = observe(engine)
+        layers = attention_layers(engine)
+        served = [issubclass(layer.attn_backend, TurboQuantBackend) for layer in layers]
+        chunked = ["ChunkedLocalAttention" in layer.attn_backend.__name__ for layer in layers]
+    assert served == [layer.kv_cache_dtype == DTYPE for layer in layers] == [False] * 2 + [True] * 4 + [False] * 2
+    assert chunked == [True, True, True, False] * 2
+    assert any("compressed: 4 of 8 layers" in line and "native: 0-1, 6-7" in line for line in said), said
+    assert ours.tokens == stock.tokens and ours.hit_tokens == stock.hit_tokens
+    assert largest_difference(ours, stock) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", tiny_models.NOT_COMPRESSED)
+def test_nothing_compressed_is_said_and_an_error_with_strict(name, folder, said):
+    options = OPTIONS | {"model": tiny_models.make(name, folder)}
+    with running(DTYPE, **options, additional_config={}) as engine:
+        layers = attention_layers(engine)
+        assert all(layer.kv_cache_dtype == "auto" for layer in layers)
+    nothing = f"compressed: 0 of {len(layers)} layers"
+    assert any(line.startswith(nothing) and f"{DTYPE} has no effect on this engine" in line for line in said), said
+    strict = {"turboquant": {"strict": True}}
+    with (
+        pytest.raises(ValueError, match=f"tq-backend, strict: {nothing}"),
+        running(DTYPE, **options, additional_config=strict),
+    ):
+        pass
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3", "gemma3n", "gemma4", "gpt_oss", "qwen3_next", "head_dim_48", "llama4", "falcon_h1"]
+)
 def test_compressed_pages_equal_the_reference_codec(name, folder):
     """See test_engine.py. One layer is native, so that pages of several formats and sizes share one pool."""
     skip = {"turboquant": {"skip_layers": [1 if name == "qwen3_next" else 0]}}

@@ -206,7 +206,10 @@ def test_head_dimensions_are_the_librarys():
         ({"turboquant": {"skip_layers": [1.5]}}, "must be a list"),
         ({"turboquant": {"skip_layers": [True]}}, "must be a list"),
         ({"turboquant": {"strict": 1}}, "must be true or false"),
-        ({"turboquant": {"sliding_window": 0}}, "'sliding_window'.* is 0; it must be a number of tokens, 1 or more"),
+        (
+            {"turboquant": {"sliding_window": 0}},
+            "'sliding_window'.* is 0; it must be a number of tokens from 1 to 2147483647",
+        ),
         ({"turboquant": {"sliding_window": "64"}}, "'sliding_window'.* is '64'; it must be a number"),
         ({"turboquant": ["skip_layers"]}, "must be a dictionary"),
         ({"turboquant": {"current": "exact"}}, "'current'.* is 'exact'; it must be one of .'raw', 'compressed'"),

@@ -51,6 +51,24 @@ WINDOWED = {  # one model whose class takes no window from the user, and as its 
         "Qwen3Config", BASE | {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 0}
     ),
 }  # fmt: skip
+NOT_COMPRESSED = {
+    # vLLM's Falcon gives its layers no cache configuration.
+    "falcon": (
+        "FalconConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "multi_query": True,
+            "bias": False,
+        },
+    ),
+    # vLLM skips the first and last two layers.
+    "llama_4_layers": ("LlamaConfig", BASE | {"num_hidden_layers": 4}),
+}
+# Without keys and values to compress: as far as their configuration goes.
+ENCODERS = {"bert": ("BertConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 2})}
 ARCHITECTURES = {
     "llama": ("LlamaConfig", BASE),
     "gemma2": (
@@ -80,6 +98,34 @@ ARCHITECTURES = {
         "BloomConfig",
         {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 4, "n_head": 4, "initializer_range": 0.2},
     ),
+    # Three of four layers attend in chunks, which no page may cross.
+    "llama4": (
+        "Llama4TextConfig",
+        BASE
+        | {
+            "num_hidden_layers": 8,
+            "intermediate_size_mlp": 128,
+            "attention_chunk_size": 64,
+            "no_rope_layers": [1, 1, 1, 0] * 2,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+        },
+    ),
+    # Attention and Mamba in every layer, and no list of layer types.
+    "falcon_h1": (
+        "FalconH1Config",
+        BASE
+        | {
+            "num_hidden_layers": 4,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 64,
+        },
+    ),
     # 48 is no power of two.
     "head_dim_48": ("LlamaConfig", BASE | {"head_dim": 48}),
 }
@@ -87,7 +133,7 @@ ARCHITECTURES = {
 
 def make(name: str, folder: Path) -> Path:
     """Writes the checkpoint to folder / name; the weights are the same each time."""
-    config_class, arguments = (ARCHITECTURES | WINDOWED)[name]
+    config_class, arguments = (ARCHITECTURES | WINDOWED | NOT_COMPRESSED)[name]
     torch.manual_seed(SEED)
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, config_class)(**arguments), dtype=torch.float32
@@ -97,6 +143,13 @@ def make(name: str, folder: Path) -> Path:
             if parameter_name.endswith("sinks"):  # zeros would be no sinks
                 parameter.copy_(torch.linspace(-1.0, 2.0, parameter.numel()))
     model.save_pretrained(folder / name)
+    return folder / name
+
+
+def make_config(name: str, architecture: str, folder: Path) -> Path:
+    """Writes config.json alone: all that the making of an engine's configuration reads."""
+    config_class, arguments = (ARCHITECTURES | ENCODERS)[name]
+    getattr(transformers, config_class)(**arguments, architectures=[architecture]).save_pretrained(folder / name)
     return folder / name
 
 

@@ -25,6 +25,13 @@ class TurboQuantBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = formats.CACHE_DTYPES
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """vLLM derives a class for layers that attend in chunks; which of them we serve is decided in patches.py."""
+        from tq_backend.vllm_adapter.patches import apply_to_chunks
+
+        super().__init_subclass__(**kwargs)
+        apply_to_chunks(TurboQuantBackend)
+
     @staticmethod
     def get_name() -> str:
         return "TURBOQUANT"  # vLLM looks the enum member up by this name

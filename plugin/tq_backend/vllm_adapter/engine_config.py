@@ -9,8 +9,9 @@ import logging
 from typing import Any
 
 from tq_backend.names import ALTERNATIVE
+from tq_backend.vllm_adapter import skip_layers
 from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
-from tq_backend.vllm_adapter.options import Options
+from tq_backend.vllm_adapter.options import Options, check_window
 
 logger = logging.getLogger("vllm.tq_backend")
 
@@ -32,6 +33,22 @@ def platform_refusal(dtype: str) -> str | None:
     return None
 
 
+def model_refusal(model: Any, dtype: str) -> str | None:
+    """As refusal(), of the model."""
+    if model.use_mla:
+        return f"{dtype} does not serve MLA attention, whose cache is not keys and values; {ALTERNATIVE}"
+    if model.is_encoder_decoder:
+        return f"{dtype} serves decoder attention, and this is an encoder-decoder model; {ALTERNATIVE}"
+    if model.attn_type == "encoder_only":
+        return (
+            f"{dtype} is a cache of keys and values, and this model, whose tokens all see each other, keeps none between steps; "
+            "leave --kv-cache-dtype away for it"
+        )
+    if model.attn_type == "attention_free":
+        return f"{dtype} is a cache of keys and values, and no layer of this model has any; leave --kv-cache-dtype away for it"
+    return None
+
+
 def refusal(vllm_config: Any) -> str | None:
     """Why this engine cannot have a turboquant_* cache, in one sentence with the alternative; None if it can."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -39,10 +56,8 @@ def refusal(vllm_config: Any) -> str | None:
     platform = platform_refusal(dtype)
     if platform is not None:
         return platform
-    if model.use_mla:
-        return f"{dtype} does not serve MLA attention, whose cache is not keys and values; {ALTERNATIVE}"
-    if model.is_encoder_decoder:
-        return f"{dtype} serves decoder attention, and this is an encoder-decoder model; {ALTERNATIVE}"
+    if (unserved := model_refusal(model, dtype)) is not None:
+        return unserved
     for name, size in (
         ("decode_context_parallel_size", parallel.decode_context_parallel_size),
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size),
@@ -70,17 +85,23 @@ def adjust(vllm_config: Any, options: Options, flash_attn_version: int | None) -
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     attention = vllm_config.attention_config
+    # vLLM's own TurboQuant shares an implementation with FlashAttention 2 and forces it on all other layers; ours does not.
+    attention.flash_attn_version = flash_attn_version
+    if flash_attn_version != 2:  # else vLLM says nothing
+        logger.info(
+            "tq-backend: vLLM's line \"TurboQuant is not yet compatible with FlashAttention >= 3. Overriding flash_attn_version "
+            'to 2" does not hold: %s is in force for the layers with a native cache',
+            "vLLM's own choice" if flash_attn_version is None else f"flash_attn_version {flash_attn_version}",
+        )
     if attention.backend == AttentionBackendEnum.TURBOQUANT:
         attention.backend = None
         logger.info(
             "tq-backend: attention backends are chosen per layer; layers with a native cache keep the native one"
         )
-    # vLLM's own TurboQuant shares an implementation with FlashAttention 2 and forces it on all other layers; ours does not.
-    attention.flash_attn_version = flash_attn_version
     cache = vllm_config.cache_config
-    chosen = cache.kv_cache_dtype_skip_layers if options.skip_layers is None else list(options.skip_layers)
+    chosen = _checked_skip_layers(vllm_config, options)
     cache.kv_cache_dtype_skip_layers = aligned_skip_layers(vllm_config.model_config.hf_text_config, chosen)
-    if len(cache.kv_cache_dtype_skip_layers) > len(chosen):
+    if len(cache.kv_cache_dtype_skip_layers) > len(set(chosen)):
         logger.info(
             "tq-backend: layers %s keep the native cache: they are skipped or share a cache with one that is",
             ", ".join(cache.kv_cache_dtype_skip_layers),
@@ -93,10 +114,20 @@ def adjust(vllm_config: Any, options: Options, flash_attn_version: int | None) -
         logger.info("tq-backend: images are prefilled in one piece (--disable-chunked-mm-input)")
 
 
+def _checked_skip_layers(vllm_config: Any, options: Options) -> list[str]:
+    entries, argument = options.skip_layers, "additional_config['turboquant']['skip_layers']"
+    if entries is None:  # vLLM's own, and what the user added to them
+        entries, argument = vllm_config.cache_config.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers"
+    return skip_layers.checked(entries, skip_layers.num_layers(vllm_config), argument)
+
+
 def _set_window(vllm_config: Any, window: int | None) -> None:
     """vLLM gives cache_config.sliding_window to each layer that names no window of its own, and sets it from the model's config
     where all layers have one; a config class of other layer types ignores a window of the user's, or refuses it."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
+    own = getattr(model.hf_text_config, "sliding_window", None)
+    if isinstance(own, int) and own > 0:  # some models write none as 0 or -1
+        check_window(own, "sliding_window of the model's config, or of --hf-overrides,")
     if window is not None:
         cache.sliding_window = window
         logger.info("tq-backend: layers without a window of their own attend to the last %d tokens", window)

@@ -44,6 +44,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
     ) -> None:
         if attn_type != AttentionType.DECODER:
             raise NotImplementedError(f"TURBOQUANT serves decoder attention; attn_type is {attn_type}")
+        if kv_cache_dtype == "auto":
+            raise NotImplementedError(
+                "this model's code gives TURBOQUANT a layer that keeps the native cache: it chooses a backend before vLLM skips the "
+                "layer; set additional_config['turboquant']['skip_layers'] to []"
+            )
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size

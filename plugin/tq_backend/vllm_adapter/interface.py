@@ -56,7 +56,8 @@ NEEDS = (
     ),
     Need(
         f"{CONFIG}VllmConfig", Kind.MEMBER,
-        ("additional_config", "attention_config", "cache_config", "model_config", "parallel_config", "scheduler_config"),
+        ("additional_config", "attention_config", "cache_config", "model_config", "parallel_config", "scheduler_config",
+         "speculative_config"),
         "to read and adjust a configuration",
     ),
     Need(
@@ -69,18 +70,36 @@ NEEDS = (
     ),
     Need(
         f"{CONFIG}ModelConfig", Kind.MEMBER,
-        ("use_mla", "is_encoder_decoder", "is_mm_prefix_lm", "get_total_num_kv_heads", "hf_text_config", "hf_overrides", "dtype"),
+        ("use_mla", "is_encoder_decoder", "attn_type", "is_hybrid", "is_mm_prefix_lm", "get_total_num_kv_heads", "hf_text_config", "hf_overrides", "dtype"),
         "to refuse what is not served, before a model is loaded",
     ),
     Need(
         f"{CONFIG}ParallelConfig", Kind.MEMBER,
-        ("decode_context_parallel_size", "prefill_context_parallel_size", "tensor_parallel_size"),
+        ("decode_context_parallel_size", "prefill_context_parallel_size", "tensor_parallel_size", "pipeline_parallel_size"),
         "to refuse what is not served, before a model is loaded",
     ),
     Need(
         f"{CONFIG}SchedulerConfig", Kind.MEMBER,
         ("disable_chunked_mm_input", "max_num_batched_tokens", "max_num_seqs"),
         "to size the workspace, and to keep each image in one chunk",
+    ),
+    Need(
+        "vllm.distributed.parallel_state:", Kind.MEMBER, ("model_parallel_is_initialized",),
+        "to tell the layers of one pipeline stage from those of the engine",
+    ),
+    Need(
+        "vllm.model_executor.layers.quantization.turboquant.config:", Kind.MEMBER, ("TurboQuantConfig",),
+        "to serve a hybrid whose configuration names no kinds of layers",
+    ),
+    Need(
+        "vllm.model_executor.layers.quantization.turboquant.config:TurboQuantConfig", Kind.MEMBER,
+        ("get_boundary_skip_layers",),
+        "to serve a hybrid whose configuration names no kinds of layers",
+    ),
+    Need(
+        "vllm.model_executor.layers.attention.chunked_local_attention:", Kind.MEMBER,
+        ("create_chunked_local_attention_backend",),
+        "to give a layer that attends in chunks the backend of its own cache",
     ),
     Need(
         CONFIG, Kind.MEMBER, ("get_current_vllm_config_or_none", "get_layers_from_vllm_config"),
@@ -259,7 +278,8 @@ NEEDS = (
     ),
     # The page plan.
     Need(
-        SPECS, Kind.MEMBER, ("FullAttentionSpec", "SlidingWindowSpec", "MambaSpec"),
+        SPECS, Kind.MEMBER,
+        ("FullAttentionSpec", "SlidingWindowSpec", "MambaSpec", "ChunkedLocalAttentionSpec"),
         "to plan pages",
         Without.PAGES,
     ),

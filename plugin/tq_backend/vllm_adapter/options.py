@@ -11,6 +11,7 @@ from typing import Any
 
 KEYS = ("skip_layers", "current", "strict", "sliding_window")
 CURRENT = ("raw", "compressed")
+MAX_WINDOW = 2**31 - 1  # the kernels count in 32 bits: a longer window would wrap around to another one
 # What acts where EngineArgs makes a configuration, and the key beside "turboquant" that says it did.
 AT_CREATION, CREATED = ("skip_layers", "strict", "sliding_window"), "tq_backend_created"
 
@@ -43,10 +44,8 @@ def read_options(additional_config: Any) -> Options:
     if not isinstance(strict, bool):
         raise ValueError(f"additional_config['turboquant']['strict'] is {strict!r}; it must be true or false")
     window = given.get("sliding_window")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise ValueError(
-            f"additional_config['turboquant']['sliding_window'] is {window!r}; it must be a number of tokens, 1 or more"
-        )
+    if window is not None:
+        check_window(window, "additional_config['turboquant']['sliding_window']")
     skip = given.get("skip_layers")
     if skip is None:
         return Options(current=current, strict=strict, sliding_window=window)
@@ -55,6 +54,12 @@ def read_options(additional_config: Any) -> Options:
             f"additional_config['turboquant']['skip_layers'] is {skip!r}; it must be a list of layer numbers or layer kinds"
         )
     return Options(tuple(str(x) for x in skip), current, strict, window)
+
+
+def check_window(window: Any, argument: str) -> None:
+    """Raises ValueError with a sentence unless it is a number of tokens that the kernels can count."""
+    if not isinstance(window, int) or isinstance(window, bool) or not 1 <= window <= MAX_WINDOW:
+        raise ValueError(f"{argument} is {window!r}; it must be a number of tokens from 1 to {MAX_WINDOW}")
 
 
 def check_in_force(additional_config: Any) -> None:

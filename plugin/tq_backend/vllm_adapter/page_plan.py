@@ -18,20 +18,27 @@ from typing import Any
 from tq_backend._library import native
 from tq_backend.model_layers import CacheLayer
 from tq_backend.plan_text import STRATEGIES, describe, waste_percent
-from tq_backend.vllm_adapter import formats
+from tq_backend.vllm_adapter import chunks, coverage, formats
+from tq_backend.vllm_adapter.specs import (
+    Unplanned,
+    attends_in_chunks,
+    dtype_name,
+    is_compressed,
+    is_state,
+    with_native_cache,
+    with_pages,
+)
 
 logger = logging.getLogger("vllm.tq_backend")
 
 # What the engine's planning raises where it finds no grouping.
 ENGINE_ERRORS = (NotImplementedError, ValueError, AssertionError, StopIteration)
+# What our reading of its specs raises in an engine that changed under us.
+ENGINE_CHANGED = (AttributeError, TypeError, ImportError)
 # Tokens of which a native layer's blocks are a multiple; the stock CPU attention is coarser than the others.
 KERNEL_BLOCK, CPU_KERNEL_BLOCK = 16, 32
 ALL_COMPRESSED = """--additional-config '{"turboquant": {"skip_layers": []}}'"""
 WORTH_A_HINT = 0.02  # of a sequence's bytes
-
-
-class Unplanned(Exception):
-    """The planner does not know a layer of this engine; the sentence says which and why."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +62,17 @@ class Request:
         ) | {"max_model_len": self.max_model_len}
 
 
-def is_compressed(spec: Any) -> bool:
-    mode = getattr(spec, "kv_quant_mode", None)
-    return mode is not None and mode.is_turboquant
-
-
-def is_state(spec: Any) -> bool:
-    from vllm.v1.kv_cache_interface import MambaSpec
-
-    return type(spec) is MambaSpec
-
-
 def planner_layer(name: str, spec: Any, windows_are_full: bool) -> dict[str, Any]:
     """One layer as the planner takes it. Raises Unplanned for a kind of cache that it does not know."""
     from vllm.utils.torch_utils import get_dtype_size
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
     if is_state(spec):
         return {"state_bytes": spec.state_content_size_bytes}
-    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or spec.tokens_per_state != 1:
+    # Windows and chunks are full where vLLM keeps all tokens of all layers; chunks are freed by a rule that the planner lacks.
+    known = (FullAttentionSpec, SlidingWindowSpec, *[ChunkedLocalAttentionSpec] * windows_are_full)
+    if type(spec) not in known or spec.tokens_per_state != 1:
         raise Unplanned(f"{name} has a {type(spec).__name__}")
-    if getattr(spec, "attention_chunk_size", None):
-        raise Unplanned(f"{name} attends in chunks")
     window = 0 if windows_are_full else (spec.sliding_window or 0)
     layer = {
         "num_kv_heads": spec.num_kv_heads,
@@ -156,20 +152,10 @@ def request_of(vllm_config: Any, specs: dict[str, Any]) -> Request:
 
 def planned_specs(specs: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """The engine's specs with the plan's block sizes and paddings."""
-    planned = {}
-    for (name, spec), row in zip(specs.items(), found["layers"], strict=True):
-        changes: dict[str, Any] = {"page_size_padded": row["page_bytes"] if row["padding_bytes"] else None}
-        if not is_state(spec):
-            changes["block_size"] = row["block_size"]
-            split = getattr(spec.block_stride_alignment, "base", row["block_size"])
-            if row["padding_bytes"] and split != row["block_size"]:
-                raise Unplanned(f"{name} runs in blocks of {split} tokens, and a padded page cannot be split into them")
-            if isinstance(spec.block_stride_alignment, int) and row["page_bytes"] % spec.block_stride_alignment:
-                raise Unplanned(f"{name} needs pages that are a multiple of {spec.block_stride_alignment} bytes")
-        planned[name] = replace(spec, **changes)
-        if planned[name].page_size_bytes != row["page_bytes"]:
-            raise Unplanned(f"a page of {name} has {planned[name].page_size_bytes} bytes and not {row['page_bytes']}")
-    return planned
+    return {
+        name: with_pages(name, spec, row["block_size"], row["page_bytes"], row["padding_bytes"])
+        for (name, spec), row in zip(specs.items(), found["layers"], strict=True)
+    }
 
 
 def bytes_of_sequence(found: dict[str, Any]) -> int:
@@ -197,6 +183,14 @@ def hint(request: Request, specs: dict[str, Any], kernel: int, found: dict[str, 
             continue
     best = max(saved, key=lambda flag: saved[flag], default="")
     return f"; {best} would save {100 * saved[best]:.1f} %" if best and saved[best] >= WORTH_A_HINT else ""
+
+
+def native_request(request: Request, dtype: Any) -> Request:
+    """The same layers, all with the native cache."""
+    from vllm.utils.torch_utils import get_dtype_size
+
+    plain = {"format": None, "native_bytes": get_dtype_size(dtype)}
+    return replace(request, layers=[x | plain if x.get("format") else x for x in request.layers])
 
 
 def sentence(request: Request, specs: dict[str, Any], found: dict[str, Any]) -> str:
@@ -244,23 +238,68 @@ def check_backends(specs: dict[str, Any]) -> None:
 
 
 def grouped(own: Callable[..., list[Any]], vllm_config: Any, specs: dict[str, Any]) -> list[Any]:
-    """The engine's get_kv_cache_groups on the planner's pages. Raises ValueError only if neither the planner nor the engine finds
-    pages for these layers."""
+    """The engine's get_kv_cache_groups on the planner's pages. Raises ValueError if neither the planner nor the engine finds pages
+    for these layers, and with `strict` if layers are native that should not be."""
     check_backends(specs)
+    if not any(map(is_compressed, specs.values())):
+        say(*coverage.line(vllm_config, specs, ""))
+        return own(vllm_config, specs)
+    groups, saved = _grouped(own, vllm_config, specs)
+    say(*coverage.line(vllm_config, specs, saved))
+    return groups
+
+
+@dataclass(frozen=True)
+class Pages:
+    specs: dict[str, Any]
+    line: str  # the plan and its waste
+    native_bytes: int  # of a sequence whose layers are all native
+    num_bytes: int = 0  # of a sequence; 0 if only the engine's groups tell
+    num_groups: int = 0  # as above
+
+
+def planner_pages(vllm_config: Any, specs: dict[str, Any]) -> Pages:
+    request = request_of(vllm_config, specs)
+    found = request.plan()
+    line = sentence(request, specs, found) + hint(request, specs, kernel_block(specs), found)
+    plain = bytes_of_sequence(native_request(request, vllm_config.model_config.dtype).plan())
+    return Pages(planned_specs(specs, found), line, plain, bytes_of_sequence(found), found["num_groups"])
+
+
+def chunk_pages(vllm_config: Any, specs: dict[str, Any]) -> Pages:
+    planned = specs  # vLLM's own block size, if there is nothing to pad
+    if len({spec.page_size_bytes for spec in specs.values()}) > 1:
+        fuller = chunks.with_native_full(specs)
+        if not any(map(attends_in_chunks, fuller.values())):
+            return planner_pages(vllm_config, fuller)
+        planned = chunks.planned(vllm_config, fuller, kernel_block(fuller))
+    needed = chunks.bytes_of_sequence(planned, vllm_config)
+    saved = 1 - chunks.bytes_of_sequence(chunks.all_compressed(specs), vllm_config) / needed
+    worth = f"; {ALL_COMPRESSED} would save {100 * saved:.1f} %" if saved >= WORTH_A_HINT else ""
+    dtype = vllm_config.model_config.dtype
+    plain = chunks.bytes_of_sequence(
+        {name: with_native_cache(spec, dtype) for name, spec in specs.items()}, vllm_config
+    )
+    return Pages(planned, chunks.sentence(planned, vllm_config) + worth, plain)
+
+
+def _grouped(own: Callable[..., list[Any]], vllm_config: Any, specs: dict[str, Any]) -> tuple[list[Any], str]:
+    """The groups, and what they save."""
+    in_chunks = any(map(attends_in_chunks, specs.values()))
     try:
-        request = request_of(vllm_config, specs)
-        found = request.plan()
-        groups = own(vllm_config, planned_specs(specs, found))
+        all_full = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+        pages = (chunk_pages if in_chunks and not all_full else planner_pages)(vllm_config, specs)
+        groups = own(vllm_config, pages.specs)
     except (Unplanned, *ENGINE_ERRORS) as error:
         reason = str(error) or type(error).__name__
-    except (AttributeError, TypeError, ImportError) as error:  # an engine that changed under us keeps its own planning
+    except ENGINE_CHANGED as error:  # it keeps its own planning
         reason = f"{type(error).__name__}: {error}"
     else:
-        line = sentence(request, specs, found) + hint(request, specs, kernel_block(specs), found)
-        say(logging.INFO, f"plans pages: {line}")
-        if len(groups) != found["num_groups"]:
-            say(logging.WARNING, f"planned {found['num_groups']} groups of layers, and this vLLM makes {len(groups)}")
-        return groups
+        say(logging.INFO, f"plans pages: {pages.line}")
+        if pages.num_groups and len(groups) != pages.num_groups:
+            say(logging.WARNING, f"planned {pages.num_groups} groups of layers, and this vLLM makes {len(groups)}")
+        times = pages.native_bytes / (pages.num_bytes or chunks.bytes_of_groups(groups, vllm_config))
+        return groups, f"{times:.1f}x less memory than {dtype_name(vllm_config.model_config.dtype)}"
     try:
         groups = own(vllm_config, specs)
     except ENGINE_ERRORS as error:
@@ -270,4 +309,7 @@ def grouped(own: Callable[..., list[Any]], vllm_config: Any, specs: dict[str, An
             f"{ALL_COMPRESSED}"
         ) from error
     say(logging.WARNING, f"leaves the page sizes to vLLM: {reason}")
-    return groups
+    try:
+        return groups, coverage.saving_per_token(specs, vllm_config.model_config.dtype)
+    except ENGINE_CHANGED:
+        return groups, ""

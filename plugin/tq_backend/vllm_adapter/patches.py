@@ -35,16 +35,34 @@ Platform._align_heterogeneous_kv_block_size
          the first layer's backend. The planner needs the pages as they are, and an assertion fails where the guess is too small.
   Probe: none is needed: where the method is gone there is nothing to undo.
   Goes:  with the one above.
+
+TurboQuantConfig.get_boundary_skip_layers
+  What:  replaced while the configuration of an engine that we serve is made: no layer of a hybrid is skipped, as vLLM has it, and
+         none has to be named.
+  Why:   vLLM looks for a list of layer types in the model's configuration and raises where there is none. Falcon-H1 has attention
+         in every layer and no such list. What is compressed is seen when the layers have made their specs (coverage.py).
+  Probe: the method exists; otherwise an engine that asks is declined.
+  Goes:  when vLLM asks the layers.
+
+Attention.__init__
+  What:  wrapped, once vLLM has derived a class from our backend for layers that attend in chunks. Such a layer gets the backend of
+         its own cache dtype, and vLLM's class for chunks is derived from that.
+  Why:   ChunkedLocalAttention (Llama 4) takes its backend from the engine's cache dtype, before vLLM decides that a layer keeps the
+         native cache: ours would get that layer. Its own __init__ is running when the first class is derived, so it is too late to
+         wrap it, and at registration its module, which takes a second, would be imported in every engine.
+  Probe: TurboQuantImpl refuses a layer with a native cache.
+  Goes:  when ChunkedLocalAttention asks whether its layer is skipped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from tq_backend.names import LOGGER, asks
+from tq_backend.names import LOGGER, asks, is_ours
 from tq_backend.vllm_adapter import serving
 
 logger = logging.getLogger(LOGGER)
@@ -54,7 +72,11 @@ MARK = "_tq_backend_wraps"
 
 def checked_config(create: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     """create_engine_config with our part behind it. Raises ValueError where an engine with a turboquant_* cache must not start."""
-    config = create(engine_args, *args, **kwargs)
+    if is_ours(getattr(engine_args, "kv_cache_dtype", None)):
+        with any_hybrid():
+            config = create(engine_args, *args, **kwargs)
+    else:
+        config = create(engine_args, *args, **kwargs)
     return served_config(config, engine_args) if asks(config) else config
 
 
@@ -83,6 +105,26 @@ def served_config(config: Any, engine_args: Any) -> Any:
     if isinstance(config.additional_config, dict):
         config.additional_config = {**config.additional_config, CREATED: True}  # reaches the workers
     return config
+
+
+@contextlib.contextmanager
+def any_hybrid() -> Iterator[None]:
+    """See the ledger, TurboQuantConfig."""
+    if serving.not_ours():
+        yield
+        return
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    own = TurboQuantConfig.get_boundary_skip_layers
+
+    def named_or_not(model_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return [] if model_config.is_hybrid else own(model_config, *args, **kwargs)
+
+    TurboQuantConfig.get_boundary_skip_layers = staticmethod(named_or_not)
+    try:
+        yield
+    finally:
+        TurboQuantConfig.get_boundary_skip_layers = staticmethod(own)
 
 
 def planning_module() -> Any:
@@ -135,14 +177,32 @@ def _planned(own: Callable[..., Any], vllm_config: Any, kv_cache_spec: dict[str,
     def engines(config: Any, specs: dict[str, Any]) -> Any:
         return own(config, specs, *rest, **more)
 
-    if not any(map(page_plan.is_compressed, kv_cache_spec.values())):
-        return engines(vllm_config, kv_cache_spec)
     return page_plan.grouped(engines, vllm_config, kv_cache_spec)
 
 
 def no_alignment(own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     if not any(map(asks, (*args, *kwargs.values()))) or serving.not_ours():
         own(*args, **kwargs)
+
+
+def backend_of_the_layer(
+    ours: type, own: Callable[..., None], layer: Any, *args: Any, attn_backend: Any = None, **kwargs: Any
+) -> None:
+    chunk = getattr(layer, "attention_chunk_size", None)
+    if chunk is None or attn_backend is None or not issubclass(attn_backend, ours):
+        own(layer, *args, attn_backend=attn_backend, **kwargs)
+        return
+    from vllm.model_executor.layers.attention.chunked_local_attention import create_chunked_local_attention_backend
+
+    own(layer, *args, **kwargs)  # chooses by the layer's own cache dtype
+    layer.attn_backend = create_chunked_local_attention_backend(layer.attn_backend, chunk)
+
+
+def apply_to_chunks(ours: type) -> None:
+    """When vLLM derives a class from our backend: the first sign of an engine with such layers."""
+    from vllm.model_executor.layers.attention import Attention
+
+    wrap(Attention, "__init__", functools.partial(backend_of_the_layer, ours))
 
 
 def apply() -> None:
