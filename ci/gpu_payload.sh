@@ -28,7 +28,7 @@ rm -f "$out"/tq_backend/_native.*.so
 [ -f "$out/tq_backend/libtq_kernels_cuda.so" ] || echo "no CUDA kernels in $build: the plugin will decline on a GPU" >&2
 
 module=$out/tq_backend/_native$("$PYTHON312" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-includes=(-Icsrc/include -isystem "$("$PYTHON312" -c 'import sysconfig; print(sysconfig.get_path("include"))')")
+includes=(-Icsrc -Icsrc/include -isystem "$("$PYTHON312" -c 'import sysconfig; print(sysconfig.get_path("include"))')")
 [ ! -d "$pybind" ] || includes+=(-isystem "$pybind")
 "$(cached CMAKE_CXX_COMPILER)" -std=c++20 -O2 -DNDEBUG -fPIC -fvisibility=hidden -ffile-prefix-map="$PWD"=. "${includes[@]}" \
   -shared -s -o "$module" csrc/python/native.cc "$out/tq_backend/libtq_backend.so" -Wl,-rpath,'$ORIGIN'

@@ -27,9 +27,15 @@ from pathlib import Path
 
 SANITIZER = "nvidia-cuda-sanitizer-api==13.0.85"
 SUMMARIES = {
-    "memcheck": re.compile(r"ERROR SUMMARY: (\d+) errors?"),
-    "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed"),
+    "memcheck": re.compile(r"ERROR SUMMARY: (?P<errors>\d+) errors?"),
+    # A bulk copy's write is a warning: racecheck does not see that its readers wait for the copy's barrier.
+    "racecheck": re.compile(
+        r"RACECHECK SUMMARY: \d+ hazards? displayed \((?P<errors>\d+) errors?, (?P<warnings>\d+) warnings?\)"
+    ),
 }
+# racecheck ends a process whose streams run kernels side by side (H200, driver 580.159.04, 2026-11-28). It checks the shared
+# memory of blocks, which has nothing to do with streams; memcheck runs these tests too.
+LEFT_OUT = {"racecheck": "*TwoStreams*"}
 FOUND = 88  # compute-sanitizer's exit code for findings, unlike any of the tests'
 
 
@@ -41,6 +47,7 @@ class Incomplete(Exception):
 class Result:
     tool: str
     found: int
+    warnings: int
     tests: int
     seconds: float
 
@@ -77,7 +84,9 @@ def run(tool: str, command: str, test: Path, folder: Path, seconds: int, configs
     began = time.monotonic()
     # In a session of its own, so that the tests end with the tool.
     with subprocess.Popen(
-        [*arguments, f"--gtest_output=json:{report}"], env=environment, start_new_session=True
+        [*arguments, f"--gtest_output=json:{report}", f"--gtest_filter=-{LEFT_OUT.get(tool, '')}"],
+        env=environment,
+        start_new_session=True,
     ) as process:
         try:
             code = process.wait(timeout=seconds)
@@ -86,14 +95,15 @@ def run(tool: str, command: str, test: Path, folder: Path, seconds: int, configs
             raise Incomplete(f"the tests took longer than {seconds} s") from None
     text = log.read_text() if log.is_file() else ""
     summary = SUMMARIES[tool].search(text)
-    found = int(summary[1]) if summary is not None else 0
+    count = summary.groupdict() if summary is not None else {}
+    found, warnings = int(count.get("errors", 0)), int(count.get("warnings", 0))
     if summary is None or found:
         print(text[-8000:], flush=True)
     if summary is None or not report.is_file():
         what = "no summary" if summary is None else "no report of the tests"
         raise Incomplete(f"it ended with exit code {code} and left {what}")
-    result = Result(tool, found, tests_passed(report), time.monotonic() - began)
-    if code != 0 and not found:
+    result = Result(tool, found, warnings, tests_passed(report), time.monotonic() - began)
+    if code != 0 and not found and not (warnings and code == FOUND):
         raise Incomplete(f"it ended with exit code {code} and found nothing")
     return result
 
@@ -144,7 +154,9 @@ def main() -> int:
                 print(f"{tool} is not complete: {reason}", file=sys.stderr)
                 return 1
             r = results[-1]
-            print(f"{tool}: {r.found} found in {r.tests} tests, {r.seconds:.0f} s", flush=True)
+            print(
+                f"{tool}: {r.found} found and {r.warnings} warnings in {r.tests} tests, {r.seconds:.0f} s", flush=True
+            )
         if args.json is not None:
             rows = [
                 {
@@ -152,7 +164,8 @@ def main() -> int:
                     "value": r.found,
                     "unit": "found",
                     "bar": "0",
-                    "baseline": f"{r.tests} tests, {args.configs} random configurations among them, {r.seconds:.0f} s; kernels "
+                    "baseline": f"{r.tests} tests, {args.configs} random configurations among them, {r.seconds:.0f} s, "
+                    f"{r.warnings} warnings; kernels "
                     f"{build_id(library)}, compute-sanitizer {version(command)}",
                     "machine": machine(),
                     "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

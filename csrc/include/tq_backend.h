@@ -53,8 +53,9 @@
  *    destroy_backend must not overlap other calls with its backend. A backend is immutable after create_backend.
  *  - destroy_backend does not wait. Work that was enqueued before goes on, as it uses only the caller's memory; kernel
  *    libraries are never unloaded.
- *  - After fork() a child may go on with CPU backends of its parent. A GPU backend is of no use in a child, as its
- *    device is not: make backends after the fork, from a parent that has not used the device.
+ *  - After fork() a child may go on with CPU backends of its parent, unless their thread pool is the caller's and does
+ *    not survive. A GPU backend is of no use in a child, as its device is not: make backends after the fork, from a
+ *    parent that has not used the device.
  *
  * Source of the method: TurboQuant, arXiv 2504.19874; bytes per token and math of the presets follow vLLM 0.32
  * (vllm/model_executor/layers/quantization/turboquant and v1/attention/ops/triton_turboquant_store.py).
@@ -277,7 +278,7 @@ typedef struct TqBackendOptions {
   int32_t device_kind;  /* TqDeviceKind */
   int32_t device_index; /* 0 on a CPU */
   int32_t reserved;
-  const char* kernels_dir;           /* folder of libtq_kernels_*.so; NULL: $TQ_KERNELS_DIR, else this library's own */
+  const char* kernels_dir;           /* folder of libtq_kernels_*.so, not empty; NULL: $TQ_KERNELS_DIR, else ours */
   const TqParallelFor* parallel_for; /* of a CPU backend; NULL: the library's own, one thread per usable core */
 } TqBackendOptions;
 #define TQ_BACKEND_OPTIONS_SIZE_1_0 32
@@ -357,7 +358,8 @@ typedef struct TqStoreKvArgs {
  * at different query lengths. Sequence s owns query rows [query_start_loc[s], query_start_loc[s+1]), which are the last
  * ones of its seq_lens[s] tokens; all seq_lens[s] tokens, the current ones too, are read from pages. score = scale *
  * q.k, then the soft cap, then ALiBi (slope * (j - i)), then causal and window masks; a sink adds exp(sinks[h]) to the
- * denominator. A row that sees nothing gives zeros and LSE = -inf. */
+ * denominator (+inf counts as the largest finite float). Rows of out must not overlap. A row that sees nothing gives
+ * zeros and LSE = -inf. */
 typedef struct TqAttendArgs {
   uint32_t struct_size;
   int32_t num_seqs;

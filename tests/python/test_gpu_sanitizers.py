@@ -23,12 +23,14 @@ if "--version" in sys.argv:
     sys.exit(0)
 tool, code, log = (sys.argv[sys.argv.index(o) + 1] for o in ("--tool", "--error-exitcode", "--log-file"))
 done = subprocess.run(sys.argv[sys.argv.index(log) + 1:])
-found = os.environ["FOUND"]
+found, _, warnings = os.environ["FOUND"].partition("+")
+warnings = warnings or "0"
+assert ("--gtest_filter=-*TwoStreams*" in sys.argv) == (tool == "racecheck")
 lines = {{"memcheck": f"========= ERROR SUMMARY: {{found}} errors",
-         "racecheck": f"========= RACECHECK SUMMARY: {{found}} hazards displayed (0 errors, {{found}} warnings)"}}
+         "racecheck": f"========= RACECHECK SUMMARY: 9 hazards displayed ({{found}} errors, {{warnings}} warnings)"}}
 with open(log, "w") as f:
     f.write("========= COMPUTE-SANITIZER\\n" + (lines[tool] if found.isdigit() else found) + "\\n")
-sys.exit(int(code) if tool == "memcheck" and found not in ("0", "none") else done.returncode)
+sys.exit(int(code) if tool == "memcheck" and found not in ("0", "none") or warnings != "0" and tool == "racecheck" else done.returncode)
 """
 TESTS = """#!{python}
 import json, os, sys, time
@@ -96,7 +98,14 @@ def test_findings_are_counted_and_fail(run):
     done, rows = run([PASSED], found="3")
     assert done.returncode == 1
     assert [row["value"] for row in rows] == [3, 3]
-    assert "ERROR SUMMARY: 3 errors" in done.stdout and "3 hazards" in done.stdout
+    assert "ERROR SUMMARY: 3 errors" in done.stdout and "(3 errors, 0 warnings)" in done.stdout
+
+
+def test_warnings_are_told_and_do_not_fail(run):
+    done, rows = run([PASSED], found="0+2")
+    assert done.returncode == 0, done.stderr
+    assert [row["value"] for row in rows] == [0, 0]
+    assert " s, 0 warnings; " in rows[0]["baseline"] and " s, 2 warnings; " in rows[1]["baseline"]
 
 
 @pytest.mark.parametrize(
