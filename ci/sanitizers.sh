@@ -10,8 +10,9 @@ run() { # build folder, then ctest's arguments
   # At least one test, or a name that has changed would leave nothing to run.
   ctest --test-dir "$folder" --no-tests=error --output-on-failure -j "$(nproc)" "${@:2}"
 }
+# A limit of the address space, which TooManyThreads sets, leaves no room for a sanitizer's shadow memory.
 # Allocations that must fail return NULL instead of ending the process.
-ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 run asan
+ASAN_OPTIONS=allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 run asan -E TooManyThreads
 # A child of a process with threads may go on, which is what tests of fork are about.
-TSAN_OPTIONS=die_after_fork=0 run tsan -R '^(AttendCpu|StoreCpu|Calls|Fork)\.' -E 'RandomGrid|Sse4'
+TSAN_OPTIONS=die_after_fork=0 run tsan -R '^(AttendCpu|StoreCpu|Calls|Fork)\.' -E 'RandomGrid|Sse4|TooManyThreads'
 echo "sanitizers: clean"

@@ -78,8 +78,9 @@ class Call {
 // Elements of a strided [tokens, heads, dim] tensor.
 __int128 extent(int64_t tokens, int64_t token_stride, int64_t heads, int64_t head_stride, int64_t dim) {
   if (tokens <= 0 || heads <= 0 || dim <= 0) return 0;
-  return static_cast<__int128>(tokens - 1) * std::max<int64_t>(token_stride, 0) +
-         static_cast<__int128>(heads - 1) * std::max<int64_t>(head_stride, 0) + dim;
+  const __int128 elements = static_cast<__int128>(tokens - 1) * std::max<int64_t>(token_stride, 0) +
+                            static_cast<__int128>(heads - 1) * std::max<int64_t>(head_stride, 0) + dim;
+  return std::min(elements, __int128{kMostBytes} + 1);  // more is no memory anyway, and its bytes must fit 128 bits
 }
 
 TqLayerDesc any_layer(FuzzedDataProvider& data) {
