@@ -58,7 +58,7 @@ Status check_struct_size(const std::string& name, const T* given) {
   static_assert(kSize10<T> != 0, "the struct has no row above");
   if (given == nullptr) return invalid(name + " is NULL; it must point to a struct with struct_size set");
   const uint32_t size = given->struct_size;
-  if (size >= kSize10<T> && size <= kMaxStructSize && size % 4 == 0) return {};
+  if (size >= kSize10<T> && size <= kMaxStructSize && size % alignof(T) == 0) return {};
   return invalid(name + ".struct_size is " + std::to_string(size) + "; it must be the struct's sizeof, from " +
                  std::to_string(kSize10<T>) + " to " + std::to_string(kMaxStructSize) + ", set before the call");
 }

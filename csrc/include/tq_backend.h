@@ -17,7 +17,7 @@
  *    appended. `reserved` fields, and bytes beyond those that the library knows, must be zero: a library that does not
  *    know a field refuses it rather than ignore it.
  *  - Structs that the library fills: only struct_size is read; the rest may be uninitialised. Fields of a newer header
- *    than the library's are left alone.
+ *    than the library's are left alone. Text is UTF-8, zero-terminated, and ends with an ellipsis where it was cut.
  *  - A function of a newer header than the library's is not there: test TQ_API_HAS(api, function) before the call.
  *
  * Errors

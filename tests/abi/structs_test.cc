@@ -22,6 +22,9 @@ TEST_F(Structs, SizesThatNoHeaderHas) {
                                                                 "; it must be the struct's sizeof, from 40 to 4096");
   }
   layer.struct_size = sizeof(layer);
+  pages.struct_size = sizeof(pages) + 4;  // the next one of an array would have its pointers out of line
+  EXPECT_REFUSED(api().store_kv(backend, &store, &error), "pages.struct_size is 44");
+  pages.struct_size = sizeof(pages);
   TqCaps caps = {};
   EXPECT_REFUSED(api().query_caps(backend, &caps, &error), "out.struct_size is 0");
   TqCounters counters = {};
