@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import tq_backend
 
 PACKAGE = Path(tq_backend.__file__).parent
