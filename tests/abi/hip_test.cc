@@ -145,6 +145,7 @@ TEST_F(HipCalls, FailWithASentence) {
   TqRotateArgs rotate = {};
   rotate.struct_size = sizeof(rotate);
   rotate.num_heads = kHeads;
+  rotate.side = TQ_SIDE_KEY;
   rotate.layer = &layer;
   rotate.num_tokens = 3;
   rotate.x = rotate.out = out.data();
