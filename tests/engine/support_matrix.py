@@ -50,6 +50,31 @@ ROWS = (
         (EXACT, CODEC),
     ),
     Row(
+        "layers that attend in chunks (Llama 4), native where they are skipped",
+        f"{ENGINE}, equal to the stock engine; Llama 4 Scout's layers through vLLM's planning",
+        (
+            EXACT,
+            CODEC,
+            f"{MODELS}test_chunked_layers_are_native_where_vllm_skips_them",
+            f"{PAGES}test_chunks_are_planned_where_native_layers_are_between",
+        ),
+    ),
+    Row(
+        "attention and a recurrent state in every layer (Falcon-H1)",
+        f"{ENGINE}, equal to the stock engine; {CONFIG}",
+        (EXACT, CODEC, f"{CONFIGS}test_a_hybrid_without_a_list_of_layer_types_is_served"),
+    ),
+    Row(
+        "what is compressed against what was asked, in a line at start-up; nothing compressed (Falcon, four layers that are all "
+        "skipped): a warning, and an error with `strict`",
+        f"{ENGINE}; layers made of numbers",
+        (
+            f"{MODELS}test_nothing_compressed_is_said_and_an_error_with_strict",
+            f"{PAGES}test_what_is_compressed_is_said_against_what_was_asked",
+            f"{PAGES}test_an_engine_that_asks_gets_the_line_whatever_its_layers_are",
+        ),
+    ),
+    Row(
         "a window that the user sets, by `hf_overrides` or `turboquant.sliding_window`",
         f"{ENGINE}, equal to a checkpoint with that window and unlike full attention",
         (
@@ -133,6 +158,7 @@ ROWS = (
         CONFIG,
         (
             f"{CONFIGS}test_what_is_not_served_is_refused_before_a_model_is_loaded",
+            f"{CONFIGS}test_bert_is_refused_at_the_configuration",
             f"{CONFIGS}test_another_platform_is_refused",
             f"{CONFIGS}test_the_stock_cpu_platform_is_refused",
         ),
@@ -143,6 +169,8 @@ ROWS = (
         (
             "engine/test_engine.py::test_unknown_option_is_refused_with_the_nearest_name",
             "engine/test_register.py::test_options_are_checked",
+            f"{CONFIGS}test_layers_that_do_not_exist_are_no_layers_to_skip",
+            f"{CONFIGS}test_a_window_that_wraps_around_is_refused",
             f"{CONFIGS}test_options_in_a_configuration_made_otherwise_are_an_error",
         ),
     ),
