@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+# The installed package (ci/setup.sh): one in the source tree has no libraries, and a test that imports this file hands its
+# sys.path to the engines that it starts.
+from tq_backend.vllm_adapter.interface import NEEDS, Kind, Without
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "plugin"))
-from tq_backend.vllm_adapter.interface import NEEDS, Kind, Without  # noqa: E402
 
 PAGE = ROOT / "docs" / "vllm_interface.md"
 HEAD = """# What the adapter touches of vLLM

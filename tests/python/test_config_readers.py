@@ -4,6 +4,7 @@ vLLM builds."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -50,6 +51,17 @@ REFUSED = {
 def read(name: str, reader: str):
     config = read_config.read_file(PUBLISHED / f"{name}.json")
     return READERS[reader](config)
+
+
+@pytest.mark.parametrize("reader", read_config.READERS)
+def test_reading_leaves_the_environment_as_it_was(monkeypatch, reader):
+    """An engine that this process starts later must log as its user asked."""
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    before = dict(os.environ)
+    read("glm-4-9b" if reader == "vllm" else "falcon-7b", reader)
+    mine = {"VLLM_LOGGING_LEVEL", "HF_HUB_OFFLINE"}
+    assert {k: v for k, v in os.environ.items() if k in mine} == {k: v for k, v in before.items() if k in mine}
 
 
 def shapes(config) -> list[list[int]]:

@@ -86,13 +86,19 @@ def read_file(name: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the libraries log: warnings about running a model, and errors that they raise too."""
+    """Without what the libraries log: warnings about running a model, and errors that they raise too. And without the network. Their
+    variables are put back, as this process may start an engine later."""
     before = logging.root.manager.disable
+    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    added = [name for name in defaults if name not in os.environ]
     logging.disable(logging.ERROR)
+    os.environ.update({name: defaults[name] for name in added})
     try:
         yield
     finally:
         logging.disable(before)
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def installed(package: str) -> bool:
@@ -151,8 +157,6 @@ def by_transformers(config: Mapping[str, Any]) -> FilledIn:
 
 
 def by_vllm(config: Mapping[str, Any]) -> FilledIn:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with quiet(), model_folder(config) as folder, speaking_for("vLLM"):
         import vllm.config  # noqa: F401  # before the two below, which import each other through it
         from vllm.transformers_utils.config import get_config, get_hf_text_config
