@@ -11,7 +11,7 @@ bash ci/sanitized_build.sh asan
 declare -A pid
 for name in planner abi; do
   mkdir -p "build/fuzz/corpus/$name"
-  "build/asan/bin/tq_${name}_fuzz" -max_total_time="$seconds" -max_len=1024 -timeout=20 -reload=0 -print_final_stats=1 \
+  "build/asan/bin/tq_${name}_fuzz" -max_total_time="$seconds" -max_len=1024 -timeout=60 -reload=0 -print_final_stats=1 \
     -artifact_prefix="build/fuzz/$name-" "build/fuzz/corpus/$name" >"build/fuzz/$name.log" 2>&1 &
   pid[$name]=$!
 done

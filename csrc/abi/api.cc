@@ -48,17 +48,8 @@ TqFormatInfo format_info(const Format& format) {
   info.key_bits = format.key_bits;
   info.value_bits = format.value_bits;
   info.test_only = format.test_only ? 1 : 0;
+  info.rotates_keys = format.rotates_keys() ? 1 : 0;
   return info;
-}
-
-// The count convention: capacity in, number out; without out only the number.
-Status check_capacity(const void* out, const int64_t* count, int64_t number, const char* what) {
-  if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
-  if (out != nullptr && *count < number) {
-    return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(number) + " " +
-                   what);
-  }
-  return {};
 }
 
 int32_t api_list_formats(TqFormatInfo* out, int64_t* count, TqError* error) {
@@ -111,7 +102,8 @@ int32_t api_codebook(const TqCodebookArgs* given, TqCodebook* out, float* levels
     TQ_RETURN_IF_ERROR(read_struct("args", given, &args));
     TQ_RETURN_IF_ERROR(check_codec_args(args.format_id, args.side, args.head_dim, &format));
     TQ_RETURN_IF_ERROR(check_struct_size("out", out));
-    if (args.side == TQ_SIDE_VALUE || !format->rotates_keys()) {
+    const Codebook* found = args.side == TQ_SIDE_VALUE ? value_codebook(*format) : key_codebook(*format);
+    if (found == nullptr) {
       return {TQ_NOT_FOUND, std::string("format ") + format->name + " has no codebook of " +
                                 (args.side == TQ_SIDE_VALUE ? "values" : "keys") +
                                 ": their codes are not indices of one"};
@@ -120,7 +112,7 @@ int32_t api_codebook(const TqCodebookArgs* given, TqCodebook* out, float* levels
       return invalid("args.group is " + std::to_string(args.group) + "; format " + format->name +
                      " has one group of dimensions, 0");
     }
-    const Codebook& book = format_codebook(format->key_bits);
+    const Codebook& book = *found;
     if ((levels != nullptr || midpoints != nullptr) && capacity < book.num_levels) {
       return invalid("capacity is " + std::to_string(capacity) + "; levels and midpoints must have room for " +
                      std::to_string(book.num_levels) + " floats");

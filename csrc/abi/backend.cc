@@ -70,7 +70,8 @@ Status create_backend(const TqBackendOptions* given, TqBackend** out) {
   // Now, and not in the first call that needs one: a child of a fork that came while another thread was computing them
   // would wait for ever.
   for (const Format& format : all_formats()) {
-    if (format.rotates_keys()) format_codebook(format.key_bits);
+    key_codebook(format);
+    value_codebook(format);
   }
   const Candidate chosen = examine(dir, options.device_kind);
   if (!chosen.status.ok()) return chosen.status;
@@ -92,15 +93,11 @@ void destroy_backend(TqBackend* backend) {
 }
 
 Status list_libraries(const char* given_dir, TqLibraryInfo* out, int64_t* count) {
-  if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
   constexpr int64_t kNumber = std::size(kDeviceKinds);
+  TQ_RETURN_IF_ERROR(check_capacity(out, count, kNumber, "rows"));
   if (out == nullptr) {
     *count = kNumber;
     return {};
-  }
-  if (*count < kNumber) {
-    return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(kNumber) +
-                   " rows");
   }
   Rows<TqLibraryInfo> rows;
   TQ_RETURN_IF_ERROR(Rows<TqLibraryInfo>::check("out", out, kNumber, &rows));

@@ -12,6 +12,9 @@ static_assert(uint32_t{kTurboquantK8V4} == TQ_FORMAT_TURBOQUANT_K8V4);
 static_assert(uint32_t{kTurboquant4BitNc} == TQ_FORMAT_TURBOQUANT_4BIT_NC);
 static_assert(uint32_t{kTurboquantK3V4Nc} == TQ_FORMAT_TURBOQUANT_K3V4_NC);
 static_assert(uint32_t{kTurboquant3BitNc} == TQ_FORMAT_TURBOQUANT_3BIT_NC);
+static_assert(uint32_t{kTq8} == TQ_FORMAT_TQ_8);
+static_assert(uint32_t{kTqK5V4} == TQ_FORMAT_TQ_K5V4);
+static_assert(uint32_t{kTq4} == TQ_FORMAT_TQ_4);
 static_assert(uint32_t{kRawF32} == TQ_FORMAT_RAW_F32);
 
 static_assert(int{kOk} == TQ_OK);

@@ -26,7 +26,7 @@ inline constexpr uint32_t kSize10 = 0;
   template <>                                                                     \
   inline constexpr uint32_t kSize10<T> = size
 TQ_STRUCT(TqError, message, TQ_ERROR_SIZE_1_0);
-TQ_STRUCT(TqFormatInfo, reserved, TQ_FORMAT_INFO_SIZE_1_0);
+TQ_STRUCT(TqFormatInfo, rotates_keys, TQ_FORMAT_INFO_SIZE_1_0);
 TQ_STRUCT(TqCodebookArgs, reserved, TQ_CODEBOOK_ARGS_SIZE_1_0);
 TQ_STRUCT(TqCodebook, num_levels, TQ_CODEBOOK_SIZE_1_0);
 TQ_STRUCT(TqFakeQuantizeArgs, out, TQ_FAKE_QUANTIZE_ARGS_SIZE_1_0);
@@ -43,7 +43,7 @@ TQ_STRUCT(TqCaps, device_name, TQ_CAPS_SIZE_1_0);
 TQ_STRUCT(TqLibraryInfo, reason, TQ_LIBRARY_INFO_SIZE_1_0);
 TQ_STRUCT(TqCounters, compressed_kv_reads, TQ_COUNTERS_SIZE_1_0);
 TQ_STRUCT(TqPages, reserved, TQ_PAGES_SIZE_1_0);
-TQ_STRUCT(TqStoreKvArgs, stream, TQ_STORE_KV_ARGS_SIZE_1_0);
+TQ_STRUCT(TqStoreKvArgs, key_offset, TQ_STORE_KV_ARGS_SIZE_1_0);
 TQ_STRUCT(TqAttendArgs, reserved, TQ_ATTEND_ARGS_SIZE_1_0);
 TQ_STRUCT(TqDequantKvArgs, stream, TQ_DEQUANT_KV_ARGS_SIZE_1_0);
 TQ_STRUCT(TqRotateArgs, stream, TQ_ROTATE_ARGS_SIZE_1_0);
@@ -129,5 +129,15 @@ class Rows {
   T* first_ = nullptr;
   uint32_t stride_ = 0;
 };
+
+// The count convention: capacity in, number out; without out only the number.
+inline Status check_capacity(const void* out, const int64_t* count, int64_t number, const char* what) {
+  if (count == nullptr) return invalid("count is NULL; it must hold the capacity of out");
+  if (out != nullptr && *count < number) {
+    return invalid("*count is " + std::to_string(*count) + "; out must have room for " + std::to_string(number) + " " +
+                   what);
+  }
+  return {};
+}
 
 }  // namespace tq

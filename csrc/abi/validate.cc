@@ -150,12 +150,8 @@ Status check_pages(const TqPages* given, const CheckedLayer& layer, PagedCache* 
   if (reinterpret_cast<uintptr_t>(pages.data) % kPageAlignment != 0) {
     return invalid("pages.data is not aligned; its address must be a multiple of 16");
   }
-  *out = {*layer.format,
-          layout,
-          layer.format->rotates_keys() ? &format_codebook(layer.format->key_bits) : nullptr,
-          static_cast<uint8_t*>(pages.data),
-          pages.num_blocks,
-          pages.block_stride_bytes};
+  *out = make_paged_cache(*layer.format, layout, static_cast<uint8_t*>(pages.data), pages.num_blocks,
+                          pages.block_stride_bytes);
   return {};
 }
 
@@ -168,6 +164,10 @@ Status check_store(const TqStoreKvArgs* given, bool host_tables, StoreParams* ou
   TQ_RETURN_IF_ERROR(check_stream(host_tables, args.stream));
   if (args.num_tokens < 0) return invalid("num_tokens is " + text(args.num_tokens) + "; it must not be negative");
   const TqLayerDesc& d = layer.desc;
+  if (args.key_offset != nullptr && d.soft_cap > 0) {
+    return invalid("key_offset is set and the layer's soft_cap is " + std::to_string(d.soft_cap) +
+                   "; an offset would change capped scores, so it must be NULL");
+  }
   if (args.num_tokens > 0) {
     TQ_RETURN_IF_ERROR(check_not_null("key", args.key));
     TQ_RETURN_IF_ERROR(check_not_null("value", args.value));
@@ -192,6 +192,7 @@ Status check_store(const TqStoreKvArgs* given, bool host_tables, StoreParams* ou
   out->value_token_stride = args.value_token_stride;
   out->value_head_stride = args.value_head_stride;
   out->slot_mapping = args.slot_mapping;
+  out->key_offset = args.key_offset;
   out->stream = args.stream;
   return {};
 }
@@ -470,7 +471,7 @@ Status check_rotate(const TqRotateArgs* given, bool host_tables, RotateParams* o
         check_rows_apart("out", args.num_tokens, args.out_token_stride, args.num_heads, args.out_head_stride, dim));
   }
   out->dtype = static_cast<Dtype>(d.dtype);
-  out->rotates = of_keys && layer->format->rotates_keys();
+  out->rotates = of_keys ? layer->format->rotates_keys() : layer->format->rotates_values();
   out->num_heads = args.num_heads;
   out->head_dim = dim;
   out->num_tokens = args.num_tokens;

@@ -253,7 +253,7 @@ class SelfTest {
     }
     expect(worst < 1e-4 && std::fabs(after / before - 1) < 1e-4,
            fmt::format("two rotations are off the identity by {:.1e}", worst));
-    expect((format_.key_bits == 8) == (once == key_), "a rotation is a copy, or a copy a rotation");
+    expect((format_.rotates_keys == 0) == (once == key_), "a rotation is a copy, or a copy a rotation");
     return worst;
   }
 

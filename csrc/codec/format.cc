@@ -8,12 +8,17 @@
 namespace tq {
 namespace {
 
-constexpr std::array<Format, 5> kFormats = {{
-    {kTurboquantK8V4, "turboquant_k8v4", KeyCodec::kFp8E4M3, 8, ValueCodec::kUniform, 4, false},
-    {kTurboquant4BitNc, "turboquant_4bit_nc", KeyCodec::kLloydMax, 4, ValueCodec::kUniform, 4, false},
-    {kTurboquantK3V4Nc, "turboquant_k3v4_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 4, false},
-    {kTurboquant3BitNc, "turboquant_3bit_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 3, false},
-    {kRawF32, "raw_f32", KeyCodec::kF32, 32, ValueCodec::kF32, 32, true},
+using enum NormRule;
+
+constexpr std::array<Format, 8> kFormats = {{
+    {kTurboquantK8V4, "turboquant_k8v4", KeyCodec::kFp8E4M3, 8, ValueCodec::kUniform, 4, kPreserving, false},
+    {kTurboquant4BitNc, "turboquant_4bit_nc", KeyCodec::kLloydMax, 4, ValueCodec::kUniform, 4, kPreserving, false},
+    {kTurboquantK3V4Nc, "turboquant_k3v4_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 4, kPreserving, false},
+    {kTurboquant3BitNc, "turboquant_3bit_nc", KeyCodec::kLloydMax, 3, ValueCodec::kUniform, 3, kPreserving, false},
+    {kTq8, "tq_8", KeyCodec::kInteger, 8, ValueCodec::kLloydMax, 4, kUnbiased, false},
+    {kTqK5V4, "tq_k5v4", KeyCodec::kLloydMax, 5, ValueCodec::kLloydMax, 4, kUnbiased, false},
+    {kTq4, "tq_4", KeyCodec::kLloydMax, 4, ValueCodec::kLloydMax, 4, kUnbiased, false},
+    {kRawF32, "raw_f32", KeyCodec::kF32, 32, ValueCodec::kF32, 32, kPreserving, true},
 }};
 
 // Levenshtein distance, one row at a time.

@@ -138,7 +138,16 @@ Codebook round_to_grid(int bits) {
 const Codebook& format_codebook(int bits) {
   static const Codebook three = round_to_grid(3);
   static const Codebook four = round_to_grid(4);
-  return bits == 3 ? three : four;
+  static const Codebook five = round_to_grid(5);
+  return bits == 3 ? three : bits == 4 ? four : five;
+}
+
+const Codebook* key_codebook(const Format& format) {
+  return format.key_codec == KeyCodec::kLloydMax ? &format_codebook(format.key_bits) : nullptr;
+}
+
+const Codebook* value_codebook(const Format& format) {
+  return format.value_codec == ValueCodec::kLloydMax ? &format_codebook(format.value_bits) : nullptr;
 }
 
 }  // namespace tq

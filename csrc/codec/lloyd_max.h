@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "codec/format.h"
+
 namespace tq {
 
 struct LloydMax {
@@ -36,11 +38,15 @@ struct Codebook {
   int bits;
   int num_levels;
   float scale;
-  int8_t levels[16];
-  float midpoints[15];  // (levels[i] + levels[i+1]) / (2 * scale)
+  int8_t levels[32];
+  float midpoints[31];  // (levels[i] + levels[i+1]) / (2 * scale)
 };
 
-// bits is 3 or 4. Computed once, on first use.
+// bits is 3, 4 or 5. Computed once, on first use.
 const Codebook& format_codebook(int bits);
+
+// Of a format's keys and of its values; null where codes are not indices of one.
+const Codebook* key_codebook(const Format& format);
+const Codebook* value_codebook(const Format& format);
 
 }  // namespace tq

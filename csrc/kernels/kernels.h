@@ -33,11 +33,18 @@ struct ParallelFor {
 struct PagedCache {
   Format format;
   PageLayout layout;
-  const Codebook* codebook;  // of Lloyd-Max keys, else null
+  const Codebook* key_book;    // of Lloyd-Max keys, else null
+  const Codebook* value_book;  // of Lloyd-Max values, else null
   uint8_t* data;
   int64_t num_blocks;
   int64_t block_stride;  // bytes
 };
+
+// With the codebooks that the format names.
+inline PagedCache make_paged_cache(const Format& format, const PageLayout& layout, uint8_t* data, int64_t num_blocks,
+                                   int64_t block_stride) {
+  return {format, layout, key_codebook(format), value_codebook(format), data, num_blocks, block_stride};
+}
 
 struct StoreParams {
   PagedCache cache;
@@ -48,6 +55,7 @@ struct StoreParams {
   const void* value;
   int64_t value_token_stride, value_head_stride;
   const int64_t* slot_mapping;  // [num_tokens], -1 is skipped
+  const float* key_offset;      // [num_kv_heads, head_dim], subtracted from every key, or null
   void* stream;
 };
 
@@ -83,7 +91,7 @@ struct AttendParams {
 struct DequantParams {
   PagedCache cache;
   Dtype dtype;
-  bool keep_rotated;
+  bool keep_rotated;  // keys; values always come back unrotated
   int num_seqs;
   int max_blocks_per_seq;
   const int32_t* block_table;

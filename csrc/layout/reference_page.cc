@@ -9,11 +9,11 @@ namespace tq {
 
 int unpack_code(const uint8_t* row, int bits, int head_dim, int d) {
   if (bits == 8) return row[d];
-  if (bits == 4) return (row[d / 2] >> (d % 2 * 4)) & 15;
-  const int low = (row[d / 4] >> (d % 4 * 2)) & 3;
-  const int bit = high_plane_bit(d, head_dim);
-  const int high = (row[high_plane_offset(head_dim) + bit / 8] >> (bit % 8)) & 1;
-  return low | high << 2;
+  const int low = bits == 3 ? (row[d / 4] >> (d % 4 * 2)) & 3 : (row[d / 2] >> (d % 2 * 4)) & 15;
+  if (bits == 4) return low;
+  const int bit = high_plane_bit(bits, d, head_dim);
+  const int high = (row[high_plane_offset(bits, head_dim) + bit / 8] >> (bit % 8)) & 1;
+  return low | high << (bits - 1);
 }
 
 void pack_code(uint8_t* row, int bits, int head_dim, int d, int code) {
@@ -23,9 +23,13 @@ void pack_code(uint8_t* row, int bits, int head_dim, int d, int code) {
   } else if (bits == 4) {
     put(row[d / 2], code, d % 2 * 4);
   } else {
-    put(row[d / 4], code & 3, d % 4 * 2);
-    const int bit = high_plane_bit(d, head_dim);
-    put(row[high_plane_offset(head_dim) + bit / 8], code >> 2, bit % 8);
+    if (bits == 5) {
+      put(row[d / 2], code & 15, d % 2 * 4);
+    } else {
+      put(row[d / 4], code & 3, d % 4 * 2);
+    }
+    const int bit = high_plane_bit(bits, d, head_dim);
+    put(row[high_plane_offset(bits, head_dim) + bit / 8], code >> (bits - 1), bit % 8);
   }
 }
 
@@ -53,7 +57,7 @@ void reference_store(const Format& format, const PageLayout& layout, uint8_t* pa
   } else {
     for (int d = 0; d < layout.head_dim_v; ++d) pack_code(value_row, layout.value_bits, layout.head_dim_v, d, codes[d]);
     std::memcpy(atom + layout.value_scale_offset(t), &scale, sizeof(scale));
-    std::memcpy(atom + layout.value_zero_offset(t), &zero, sizeof(zero));
+    if (layout.has_value_zero) std::memcpy(atom + layout.value_zero_offset(t), &zero, sizeof(zero));
   }
 }
 
@@ -95,8 +99,8 @@ void reference_load(const Format& format, const PageLayout& layout, const uint8_
       for (int d = 0; d < layout.head_dim_v; ++d) {
         codes[d] = static_cast<uint8_t>(unpack_code(atom + offset, layout.value_bits, layout.head_dim_v, d));
       }
-      decode_value<T>(format, layout.head_dim_v, codes.data(), u16_at(layout.value_scale_offset(t)),
-                      u16_at(layout.value_zero_offset(t)), value_out);
+      const uint16_t zero = layout.has_value_zero ? u16_at(layout.value_zero_offset(t)) : uint16_t{0};
+      decode_value<T>(format, layout.head_dim_v, codes.data(), u16_at(layout.value_scale_offset(t)), zero, value_out);
     }
   }
 }

@@ -14,13 +14,13 @@ template <class T>
 void reference_store(const Format& format, const PageLayout& layout, uint8_t* page, int kv_head, int token,
                      const float* key, const float* value);
 
-// Decodes one token of one head: key_out[head_dim] (rotated for Lloyd-Max formats), value_out[head_dim_v]; either may
-// be null.
+// Decodes one token of one head: key_out[head_dim] (rotated for Lloyd-Max formats), value_out[head_dim_v] (the same);
+// either may be null.
 template <class T>
 void reference_load(const Format& format, const PageLayout& layout, const uint8_t* page, int kv_head, int token,
                     T* key_out, T* value_out);
 
-// The code of dimension d in a packed row of 3, 4 or 8 bits.
+// The code of dimension d in a packed row of 3, 4, 5 or 8 bits.
 int unpack_code(const uint8_t* row, int bits, int head_dim, int d);
 // row must be zeroed before the first call for it.
 void pack_code(uint8_t* row, int bits, int head_dim, int d, int code);

@@ -80,6 +80,7 @@ py::dict to_dict(const TqFormatInfo& f) {
   d["key_bits"] = f.key_bits;
   d["value_bits"] = f.value_bits;
   d["test_only"] = f.test_only != 0;
+  d["rotates_keys"] = f.rotates_keys != 0;
   return d;
 }
 

@@ -253,7 +253,8 @@ TqPages make_pages(const Place& place, const Tensor& t, const TqLayerDesc& layer
   return pages;
 }
 
-void store_kv(Tensor key, Tensor value, Tensor pages, Tensor slot_mapping, int64_t format_id, int64_t block_size) {
+void store_kv(Tensor key, Tensor value, Tensor pages, Tensor slot_mapping, int64_t format_id, int64_t block_size,
+              std::optional<Tensor> key_offset) {
   const Place place = place_of("key", key);
   const int32_t dtype = dtype_of("key", key);
   need_heads(place, "key", key, dtype);
@@ -280,6 +281,13 @@ void store_kv(Tensor key, Tensor value, Tensor pages, Tensor slot_mapping, int64
   args.value_token_stride = value.stride(0);
   args.value_head_stride = value.stride(1);
   args.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
+  if (key_offset.has_value()) {
+    need(place, "key_offset", *key_offset, 2, ScalarType::Float, "float32");
+    need_size("key_offset", *key_offset, 0, key.size(1));
+    need_size("key_offset", *key_offset, 1, key.size(2));
+    if (key.size(1) > 1 && key_offset->stride(0) != key.size(2)) fail("key_offset is strided; it must be contiguous");
+    args.key_offset = static_cast<const float*>(key_offset->data_ptr());
+  }
   const Launch launch(place);
   args.stream = launch.stream;
   call(api().store_kv, launch.backend, &args);
@@ -441,7 +449,8 @@ std::vector<int64_t> counters(int64_t device_index) {
 
 STABLE_TORCH_LIBRARY(tq_backend, m) {
   m.def(
-      "store_kv(Tensor key, Tensor value, Tensor(a!) pages, Tensor slot_mapping, int format_id, int block_size) -> ()");
+      "store_kv(Tensor key, Tensor value, Tensor(a!) pages, Tensor slot_mapping, int format_id, int block_size, "
+      "Tensor? key_offset=None) -> ()");
   m.def(
       "attend(Tensor query, Tensor(a!) out, Tensor pages, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
       "int format_id, int block_size, int num_kv_heads, float scale, bool causal, int sliding_window, float soft_cap, "

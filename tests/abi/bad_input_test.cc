@@ -82,6 +82,11 @@ TEST_F(BadInput, Store) {
   expect_store("key is NULL", [&] { store.key = nullptr; });
   expect_store("value is NULL", [&] { store.value = nullptr; });
   expect_store("slot_mapping is NULL", [&] { store.slot_mapping = nullptr; });
+  const float offset[512] = {};
+  expect_store("key_offset is set and the layer's soft_cap is 30", [&] {
+    store.key_offset = offset;
+    layer.soft_cap = 30;
+  });
   expect_store("slot_mapping[3] is -2", [&] { slots[3] = -2; });
   expect_store("slot_mapping[5] is 192", [&] { slots[5] = int64_t{kBlocks} * kBlock; });
   expect_store("key_head_stride is 32", [&] { store.key_head_stride = 32; });
@@ -235,7 +240,7 @@ TEST_F(BadInput, HostFunctions) {
     EXPECT_EQ(api().format_by_name(name, &info, &error), TQ_NOT_FOUND);
     EXPECT_EQ(std::string(error.message), std::string("there is no KV format '") + name +
                                               "'. Formats are turboquant_k8v4, turboquant_4bit_nc, turboquant_k3v4_nc, "
-                                              "turboquant_3bit_nc");
+                                              "turboquant_3bit_nc, tq_8, tq_k5v4, tq_4");
   }
   layer.format_id = 77;
   EXPECT_EQ(api().kv_cache_spec(&layer, nullptr, &error), TQ_INVALID_ARGUMENT);

@@ -255,6 +255,19 @@ TEST_F(Structs, Codebooks) {
   TqError error = make_error();
   EXPECT_EQ(api().codebook(&args, &book, nullptr, nullptr, 0, &error), TQ_NOT_FOUND);
   EXPECT_NE(std::string(error.message).find("has no codebook of values"), std::string::npos) << error.message;
+
+  // Another side, another number of levels, and a side without any: no row of the presets has these.
+  args.format_id = TQ_FORMAT_TQ_K5V4;
+  EXPECT_EQ(api().codebook(&args, &book, nullptr, nullptr, 0, &error), TQ_OK);
+  EXPECT_EQ(book.num_levels, 16);
+  args.side = TQ_SIDE_KEY;
+  std::vector<float> more(32);
+  EXPECT_EQ(api().codebook(&args, &book, more.data(), nullptr, 32, &error), TQ_OK);
+  EXPECT_EQ(book.num_levels, 32);
+  EXPECT_TRUE(std::is_sorted(more.begin(), more.end()) && more.front() == -more.back() && more.back() > 3);
+  args.format_id = TQ_FORMAT_TQ_8;
+  EXPECT_EQ(api().codebook(&args, &book, nullptr, nullptr, 0, &error), TQ_NOT_FOUND);
+  EXPECT_NE(std::string(error.message).find("tq_8 has no codebook of keys"), std::string::npos) << error.message;
 }
 
 }  // namespace

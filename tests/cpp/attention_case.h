@@ -144,10 +144,7 @@ class Case {
 
   uint8_t* page(int seq, int token) { return pages.data() + table[seq * max_blocks + token / c.block_size] * stride; }
 
-  PagedCache cache() {
-    return {*c.format,    layout,     c.format->rotates_keys() ? &format_codebook(c.format->key_bits) : nullptr,
-            pages.data(), num_blocks, stride};
-  }
+  PagedCache cache() { return make_paged_cache(*c.format, layout, pages.data(), num_blocks, stride); }
 
   AttendParams params(void* workspace, uint64_t workspace_bytes) {
     AttendParams p = {};
@@ -208,8 +205,11 @@ class Case {
       std::vector<double> k(static_cast<size_t>(n) * c.head_dim), v(static_cast<size_t>(n) * c.head_dim_v);
       for (int t = 0; t < n; ++t) {
         double* row = &k[size_t(t) * c.head_dim];
-        reference_load<double>(*c.format, layout, page(s, t), kv, t % c.block_size, row, &v[size_t(t) * c.head_dim_v]);
-        if (c.format->rotates_keys()) rotate(row, c.head_dim);  // back: the kernel rotates queries instead
+        double* value = &v[size_t(t) * c.head_dim_v];
+        reference_load<double>(*c.format, layout, page(s, t), kv, t % c.block_size, row, value);
+        // Back: the kernel rotates queries and outputs instead.
+        if (c.format->rotates_keys()) rotate(row, c.head_dim);
+        if (c.format->rotates_values()) rotate(value, c.head_dim_v);
       }
       for (int q = 0; q < m; ++q) {
         for (int h = kv * group; h < (kv + 1) * group; ++h) worst = std::max(worst, compare_row(s, q, h, k, v));

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <numbers>
 #include <random>
 #include <string>
@@ -100,8 +101,8 @@ TEST(LloydMax, FixedPointIsStationary) {
 
 TEST(LloydMax, MseIsTheKnownOptimum) {
   // arXiv 2504.19874, Section 3.1, and any table of Lloyd-Max quantizers of the normal distribution.
-  const double known[] = {0.363, 0.1175, 0.0345, 0.0095};
-  for (int bits = 1; bits <= 4; ++bits) {
+  const double known[] = {0.363, 0.1175, 0.0345, 0.0095, 0.0025};
+  for (int bits = 1; bits <= 5; ++bits) {
     const double mse = solve_lloyd_max(bits).mse;
     EXPECT_NEAR(mse / known[bits - 1], 1, 0.01);
     EXPECT_LE(mse, std::sqrt(3.0) * std::numbers::pi / 2 * std::pow(4.0, -bits)) << "the paper's bound";
@@ -109,7 +110,7 @@ TEST(LloydMax, MseIsTheKnownOptimum) {
 }
 
 TEST(LloydMax, FormatTablesFollowFromTheOptimum) {
-  for (const int bits : {3, 4}) {
+  for (const int bits : {3, 4, 5}) {
     const Codebook& book = format_codebook(bits);
     const LloydMax exact = solve_lloyd_max(bits);
     ASSERT_EQ(book.num_levels, 1 << bits);
@@ -123,7 +124,7 @@ TEST(LloydMax, FormatTablesFollowFromTheOptimum) {
       EXPECT_FLOAT_EQ(book.midpoints[i], static_cast<float>((rounded[i] + rounded[i + 1]) / 2));
     }
     const double best = gaussian_mse(rounded);
-    EXPECT_LE(best / exact.mse, bits == 4 ? 1.0023 : 1.0005) << "what the 7-bit grid costs";
+    EXPECT_LE(best / exact.mse, bits == 5 ? 1.08 : bits == 4 ? 1.0023 : 1.0005) << "what the 7-bit grid costs";
     // No other scale of the search gives less.
     for (int hundredths = 100; hundredths * exact.centroids.back() / 100 < 63.5; ++hundredths) {
       std::vector<double> other;
@@ -218,6 +219,65 @@ TEST(Reference, KeyErrorIsTheOptimum) {
     // Renormalising a vector whose relative squared error is m leaves 2 - 2 sqrt(1 - m).
     const double optimum = solve_lloyd_max(format.key_bits).mse;
     EXPECT_NEAR(error / power / (2 - 2 * std::sqrt(1 - optimum)), 1, 0.02) << name;
+  }
+}
+
+// The formats with one norm for a value, and integer keys: mean relative squared error on normal vectors.
+TEST(Reference, ErrorsOfTheRotatedFormats) {
+  std::mt19937 rng(20261128);
+  std::normal_distribution<float> normal;
+  for (const int dim : {128, 256, 512}) {
+    // An unbiased norm leaves m / (1 - m) of a relative error m. Integers: steps of a 127th of the largest element.
+    auto unbiased = [](int bits) {
+      const Codebook& book = format_codebook(bits);
+      std::vector<double> centroids(book.levels, book.levels + book.num_levels);
+      for (double& c : centroids) c /= book.scale;
+      const double m = gaussian_mse(centroids);
+      return m / (1 - m);
+    };
+    double largest = 0;  // its mean square, of normal vectors
+    for (int i = 0; i < 2000; ++i) {
+      double most = 0;
+      for (int d = 0; d < dim; ++d) most = std::max(most, std::fabs(double(normal(rng))));
+      largest += most * most / 2000;
+    }
+    const std::map<std::string, double> want = {
+        {"tq_8", largest / (127 * 127) / 12}, {"tq_k5v4", unbiased(5)}, {"tq_4", unbiased(4)}};
+    for (const auto& [name, mean] : want) {
+      const Format& format = *find_format(std::string_view(name));
+      double error[2] = {}, power = 0;
+      std::vector<float> x(dim), key(dim), value(dim);
+      for (int i = 0; i < 2000; ++i) {
+        for (float& v : x) v = 3 * normal(rng);
+        fake_quantize_key(format, dim, 1, x.data(), key.data());
+        fake_quantize_value(format, dim, 1, x.data(), value.data());
+        for (int d = 0; d < dim; ++d) {
+          error[0] += std::pow(double(key[d]) - x[d], 2), error[1] += std::pow(double(value[d]) - x[d], 2);
+          power += double(x[d]) * x[d];
+        }
+      }
+      // 2,000 vectors: the mean of 128,000 or more squares is within a percent; 128 elements of a given length have
+      // shorter tails than normal ones: 4 %.
+      EXPECT_NEAR(error[0] / power / mean, 1, 0.06) << name << " keys, " << dim;
+      EXPECT_NEAR(error[1] / power / unbiased(4), 1, 0.06) << name << " values, " << dim;
+    }
+  }
+}
+
+// <x, decoded x> = <x, x>: the decoded length along x is x's own.
+TEST(Reference, UnbiasedNormsKeepTheLengthAlongTheVector) {
+  std::mt19937 rng(29);
+  std::normal_distribution<float> normal;
+  for (const char* name : {"tq_4", "tq_k5v4"}) {
+    for (const int dim : {16, 80, 128, 512}) {
+      const Format& format = *find_format(std::string_view(name));
+      std::vector<float> x(dim), y(dim);
+      double want = 0, along = 0;
+      for (float& v : x) want += std::pow(v = 7 * normal(rng), 2);
+      fake_quantize_key(format, dim, 1, x.data(), y.data());
+      for (int d = 0; d < dim; ++d) along += double(x[d]) * y[d];
+      EXPECT_NEAR(along / want, 1, 6e-4) << "half an ulp of fp16, " << name << " " << dim;
+    }
   }
 }
 

@@ -49,7 +49,8 @@ TEST(Layout, EveryByteOfAPageIsCoveredOnce) {
             cover(atom + l.key_row_offset(t), l.key_row_bytes());
             cover(atom + l.value_row_offset(t), l.value_row_bytes());
             if (l.has_key_norm) cover(atom + l.key_norm_offset(t), 2);
-            if (l.has_value_scale) cover(atom + l.value_scale_offset(t), 2), cover(atom + l.value_zero_offset(t), 2);
+            if (l.has_value_scale) cover(atom + l.value_scale_offset(t), 2);
+            if (l.has_value_zero) cover(atom + l.value_zero_offset(t), 2);
           }
         }
         ASSERT_EQ(std::count(used.begin(), used.end(), 1), l.page_bytes()) << format.name << " " << dim << "/" << dim_v;
@@ -60,7 +61,7 @@ TEST(Layout, EveryByteOfAPageIsCoveredOnce) {
 
 TEST(Layout, CodesPackAndUnpack) {
   std::mt19937 rng(1);
-  for (const int bits : {3, 4, 8}) {
+  for (const int bits : {3, 4, 5, 8}) {
     for (int dim = 16; dim <= 512; dim += 16) {
       std::vector<uint8_t> row(static_cast<size_t>(dim * bits / 8));
       std::vector<int> codes(dim);
@@ -73,14 +74,15 @@ TEST(Layout, CodesPackAndUnpack) {
   }
 }
 
-TEST(Layout, ThirdBitsOfARowAreAPermutation) {
-  for (int dim = 16; dim <= 512; dim += 16) {
-    std::set<int> seen;
-    for (int d = 0; d < dim; ++d) seen.insert(high_plane_bit(d, dim));
-    EXPECT_EQ(static_cast<int>(seen.size()), dim);
-    EXPECT_EQ(*seen.begin(), 0);
-    EXPECT_EQ(*seen.rbegin(), dim - 1);
-  }
+TEST(Layout, HighestBitsOfARowAreAPermutation) {
+  for (int bits : {3, 5})
+    for (int dim = 16; dim <= 512; dim += 16) {
+      std::set<int> seen;
+      for (int d = 0; d < dim; ++d) seen.insert(high_plane_bit(bits, d, dim));
+      EXPECT_EQ(static_cast<int>(seen.size()), dim);
+      EXPECT_EQ(*seen.begin(), 0);
+      EXPECT_EQ(*seen.rbegin(), dim - 1);
+    }
 }
 
 }  // namespace

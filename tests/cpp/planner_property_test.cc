@@ -69,17 +69,24 @@ PlanRequest random_request(Random& random) {
   return r;
 }
 
-// Bytes of one token, written out: bits of keys and values, two bytes of norm, four of scale and zero.
+// Bytes of one token, written out: bits of keys and values, and two bytes of each norm, scale and zero.
 Wide token_bytes(const LayerSpec& l) {
   if (l.format == nullptr) return Wide{l.num_kv_heads} * (Wide{l.head_dim} + l.head_dim_v) * l.native_bytes;
-  const std::string name = l.format->name;
-  const int key_bits = name == "turboquant_k8v4"                                      ? 8
-                       : name == "turboquant_4bit_nc"                                 ? 4
-                       : name == "turboquant_k3v4_nc" || name == "turboquant_3bit_nc" ? 3
-                                                                                      : 32;
-  const int value_bits = name == "turboquant_3bit_nc" ? 3 : name == "raw_f32" ? 32 : 4;
-  const Wide row = (Wide{key_bits} * l.head_dim + Wide{value_bits} * l.head_dim_v) / 8;
-  return l.num_kv_heads * (row + (key_bits <= 4 ? 2 : 0) + (value_bits <= 4 ? 4 : 0));
+  struct Bytes {
+    int key_bits, value_bits, more;
+  };
+  static const std::map<std::string, Bytes> of = {
+      {"turboquant_k8v4", {8, 4, 4}},
+      {"turboquant_4bit_nc", {4, 4, 6}},
+      {"turboquant_k3v4_nc", {3, 4, 6}},
+      {"turboquant_3bit_nc", {3, 3, 6}},
+      {"tq_8", {8, 4, 4}},
+      {"tq_k5v4", {5, 4, 4}},
+      {"tq_4", {4, 4, 4}},
+      {"raw_f32", {32, 32, 0}},
+  };
+  const Bytes& b = of.at(l.format->name);
+  return l.num_kv_heads * ((Wide{b.key_bits} * l.head_dim + Wide{b.value_bits} * l.head_dim_v) / 8 + b.more);
 }
 
 Wide content(const LayerSpec& l, int block_size) {

@@ -84,8 +84,14 @@ __int128 extent(int64_t tokens, int64_t token_stride, int64_t heads, int64_t hea
 }
 
 TqLayerDesc any_layer(FuzzedDataProvider& data) {
-  static constexpr uint32_t kIds[] = {TQ_FORMAT_TURBOQUANT_K8V4, TQ_FORMAT_TURBOQUANT_4BIT_NC,
-                                      TQ_FORMAT_TURBOQUANT_K3V4_NC, TQ_FORMAT_TURBOQUANT_3BIT_NC, TQ_FORMAT_RAW_F32};
+  static constexpr uint32_t kIds[] = {TQ_FORMAT_TURBOQUANT_K8V4,
+                                      TQ_FORMAT_TURBOQUANT_4BIT_NC,
+                                      TQ_FORMAT_TURBOQUANT_K3V4_NC,
+                                      TQ_FORMAT_TURBOQUANT_3BIT_NC,
+                                      TQ_FORMAT_TQ_8,
+                                      TQ_FORMAT_TQ_K5V4,
+                                      TQ_FORMAT_TQ_4,
+                                      TQ_FORMAT_RAW_F32};
   TqLayerDesc d = {};
   d.format_id = data.PickValueInArray(kIds);
   d.num_kv_heads = data.ConsumeIntegralInRange<int>(1, 3);
@@ -178,6 +184,7 @@ void store(FuzzedDataProvider& data) {
   spoil(data, &a);
   const Memory key(extent(a.num_tokens, a.key_token_stride, c.kv_heads, a.key_head_stride, c.dim) * c.element);
   const Memory value(extent(a.num_tokens, a.value_token_stride, c.kv_heads, a.value_head_stride, c.dim_v) * c.element);
+  const Memory key_offset(extent(1, 0, c.kv_heads, c.dim, c.dim) * static_cast<int64_t>(sizeof(float)));
   const int64_t slots = std::clamp<int64_t>(c.numbers.num_blocks, 1, 1000) * c.numbers.block_size;
   const Memory slot_mapping = numbers_of<int64_t>(data, a.num_tokens, -1, std::max<int64_t>(slots, 0));
   a.layer = or_null(data, c.layer.get());
@@ -186,6 +193,7 @@ void store(FuzzedDataProvider& data) {
   a.value = value.as<void>();
   a.slot_mapping = slot_mapping.as<int64_t>();
   a.stream = nullptr;
+  a.key_offset = data.ConsumeBool() ? key_offset.as<float>() : nullptr;
   const Struct<TqStoreKvArgs> args(data, a);
   Call{data}([&](TqError* e) { return api().store_kv(backend(), args.get(), e); });
 }
@@ -365,7 +373,7 @@ void formats(FuzzedDataProvider& data) {
   const Struct<TqFormatInfo> info(data, TqFormatInfo{});
   const Struct<TqCodebook> book(data, TqCodebook{});
   TqCodebookArgs c = {};
-  c.format_id = 0x0100 * data.ConsumeIntegralInRange<uint32_t>(1, 4) + 1;
+  c.format_id = 0x0100 * data.ConsumeIntegralInRange<uint32_t>(1, 7) + 1;
   c.side = TQ_SIDE_KEY;
   c.head_dim = 64;
   spoil(data, &c);
@@ -417,7 +425,7 @@ void backends(FuzzedDataProvider& data) {
 
 void quantize(FuzzedDataProvider& data) {
   TqFakeQuantizeArgs a = {};
-  a.format_id = 0x0100 * data.ConsumeIntegralInRange<uint32_t>(1, 4) + 1;
+  a.format_id = 0x0100 * data.ConsumeIntegralInRange<uint32_t>(1, 7) + 1;
   a.side = data.ConsumeIntegralInRange<int>(2, 3);
   a.head_dim = 16 * data.ConsumeIntegralInRange<int>(1, 32);
   a.num_rows = 2;

@@ -225,6 +225,29 @@ def test_shapes_of_dequant_and_rotate_are_checked():
             torch_ops().rotate(x, out, given["format_id"])
 
 
+def test_key_offset_is_taken_from_the_keys_and_checked():
+    spec = native().kv_cache_spec("tq_8", 2, 64)
+    key, value = torch.randn(2, 20, 2, 64, generator=torch.Generator().manual_seed(5))
+    offset = 300 * torch.arange(128, dtype=torch.float32).sub(64).sign().reshape(2, 64)
+
+    def stored(key: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+        pages = torch.zeros(2, 16 * spec["bytes_per_token"], dtype=torch.uint8)
+        torch_ops().store_kv(key, value, pages, torch.arange(20), spec["format_id"], 16, offset)
+        return pages
+
+    assert torch.equal(stored(key + offset, offset), stored(key + offset - offset, None))
+    assert not torch.equal(stored(key + offset, offset), stored(key + offset, None))
+    for wrong, words in (
+        (offset.half(), "key_offset has another dtype than float32"),
+        (offset[:1], "key_offset has size 1 in dimension 0; it must be 2"),
+        (offset[:, :32], "key_offset has size 32 in dimension 1; it must be 64"),
+        (offset[0], "key_offset has 1 dimensions; it must have 2"),
+        (torch.zeros(2, 128)[:, :64], "key_offset is strided"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            stored(key, wrong)
+
+
 def test_rotated_queries_meet_rotated_keys():
     """Scores of queries with keys are those of rotated queries with keys that stayed rotated; head_dim 80 turns in two blocks."""
     generator = torch.Generator().manual_seed(11)

@@ -1,6 +1,7 @@
 // store.cc - hands the tokens of store, dequantize, rotate and copy calls to the threads.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "kernels/cpu/device.h"
 #include "kernels/cpu/store_task.h"
@@ -31,11 +32,16 @@ KernelStatus cpu_store_kv(DeviceState* state, const StoreParams& p) {
 KernelStatus cpu_dequant_kv(DeviceState* state, const DequantParams& p) {
   if (p.num_seqs == 0) return {0, ""};
   const int32_t* start = p.token_start_loc;
-  for_each_token(state->parallel_for, start[p.num_seqs], [&](int64_t row) {
-    // The last sequence that begins at or before the row: empty ones end where it begins.
-    const auto s = static_cast<int>(std::upper_bound(start, start + p.num_seqs, row) - start) - 1;
-    const int64_t at = row - start[s];
-    if (p.token_counts == nullptr || at < p.token_counts[s]) run_dequant_task(p, s, p.first_tokens[s] + at, row);
+  // Tokens and not rows are gone through: a caller's rows may be many more, up to 2^31.
+  std::vector<int64_t> before(static_cast<size_t>(p.num_seqs) + 1, 0);  // tokens of the sequences before each
+  for (int s = 0; s < p.num_seqs; ++s) {
+    before[s + 1] = before[s] + (p.token_counts == nullptr ? start[s + 1] - start[s] : p.token_counts[s]);
+  }
+  for_each_token(state->parallel_for, before.back(), [&](int64_t token) {
+    // The last sequence that begins at or before the token: empty ones end where it begins.
+    const auto s = static_cast<int>(std::upper_bound(before.begin(), before.end() - 1, token) - before.begin()) - 1;
+    const int64_t at = token - before[s];
+    run_dequant_task(p, s, p.first_tokens[s] + at, start[s] + at);
   });
   return {0, ""};
 }

@@ -66,7 +66,7 @@ static void formats(const TqApi* api) {
     TqFormatInfo one;
     POISON(one);
     CHECK(api->format_by_name(box.rows[i].name, &one, &error));
-    EXPECT(one.format_id == box.rows[i].format_id && one.value_bits == box.rows[i].value_bits && one.reserved == 0);
+    EXPECT(one.format_id == box.rows[i].format_id && one.value_bits == box.rows[i].value_bits);
     EXPECT_APPENDED(one);
     EXPECT_APPENDED(box.rows[i]);
   }

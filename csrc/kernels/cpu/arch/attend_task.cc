@@ -48,7 +48,8 @@ HWY_ATTR void load_queries(const AttendTask& task, const AttendScratch& s) {
     load_row(p.dtype, p.query, index, dim, s.row);
     rotate_simd(s.row, dim);
     // A level is worth 1 / (scale * sqrt(head_dim)) of the key's norm.
-    const float level_unit = p.cache.codebook->scale * std::sqrt(static_cast<float>(dim));
+    const float levels = p.cache.key_book != nullptr ? p.cache.key_book->scale : kIntegerScale;
+    const float level_unit = levels * std::sqrt(static_cast<float>(dim));
     s.query_scale[r] =
         quantize_query(s.row, format.key_bits, dim, s.query8 + 2 * r * dim, s.query_bias + r) / level_unit * p.scale;
   }
@@ -63,7 +64,7 @@ HWY_ATTR void score_keys(const PagedCache& cache, const uint8_t* atom, int valid
   const hn::Rebind<hwy::float16_t, DF> df16;
   const hn::Rebind<uint16_t, DF> du16;
   float* key_norm = s.key_norm + t0;
-  if (cache.format.key_codec == KeyCodec::kLloydMax) {
+  if (cache.format.rotates_keys()) {
     score_coded_keys(cache, atom, rows, s, s.scores + t0);
     const uint16_t* norms = reinterpret_cast<const uint16_t*>(atom + layout.key_norm_offset(0));
     for (int t = 0; t < kAtomTokens; t += kLanes) {
@@ -87,7 +88,7 @@ HWY_ATTR void score_keys(const PagedCache& cache, const uint8_t* atom, int valid
 
 // One atom's values into the chunk's tile, from token `first` of the chunk on.
 HWY_ATTR void load_values(const PagedCache& cache, const uint8_t* atom, int first, int valid, const AttendScratch& s) {
-  if (cache.format.value_codec == ValueCodec::kUniform) {
+  if (cache.format.has_value_scale()) {
     const ValueShape v = value_shape(cache.layout.value_bits, cache.layout.head_dim_v);
     with_parts(v.parts, [&](auto parts) HWY_ATTR { load_coded_values<parts()>(cache, v, atom, first, valid, s); });
     return;
@@ -105,7 +106,7 @@ HWY_ATTR void load_values(const PagedCache& cache, const uint8_t* atom, int firs
 HWY_ATTR void softmax_row(const AttendTask& task, const AttendScratch& s, int r, int64_t chunk, int tokens,
                           int64_t position, KvRange visible, bool integer_scores) {
   const AttendParams& p = *task.params;
-  const bool coded = p.cache.format.value_codec == ValueCodec::kUniform;
+  const bool coded = p.cache.format.has_value_scale(), levels = p.cache.value_book != nullptr;
   const DF df;
   const DI di;
   const int group = p.num_heads / p.cache.layout.num_kv_heads;
@@ -164,7 +165,7 @@ HWY_ATTR void softmax_row(const AttendTask& task, const AttendScratch& s, int r,
     auto w = hn::Exp(df, hn::Sub(hn::LoadU(df, scores + t), hn::Set(df, new_max)));
     sum = hn::Add(sum, w);
     if (coded) {
-      zero_sum = hn::MulAdd(w, hn::LoadU(df, s.value_zero + t), zero_sum);
+      if (!levels) zero_sum = hn::MulAdd(w, hn::LoadU(df, s.value_zero + t), zero_sum);
       w = hn::Mul(w, hn::LoadU(df, s.value_scale + t));
       largest_weight = hn::Max(largest_weight, w);
     }
@@ -178,11 +179,19 @@ HWY_ATTR void softmax_row(const AttendTask& task, const AttendScratch& s, int r,
   const float inverse = max_weight > 1e-30f ? static_cast<float>(kPlaneLimit) / max_weight : 0.0f;
   s.weight_scale[r] = max_weight / static_cast<float>(kPlaneLimit);
   const hn::Rebind<int8_t, DI> di8;
+  auto weight_sum = hn::Zero(di);
   for (int t = 0; t < padded; t += kLanes) {
     const auto w = hn::NearestInt(hn::Mul(hn::LoadU(df, scores + t), hn::Set(df, inverse)));
+    weight_sum = hn::Add(weight_sum, w);
     const auto low = hn::ShiftRight<24>(hn::ShiftLeft<24>(w));
     hn::StoreU(hn::DemoteTo(di8, hn::ShiftRight<8>(hn::Sub(w, low))), di8, weights + t);
     hn::StoreU(hn::DemoteTo(di8, low), di8, weights + kChunkTokens + t);
+  }
+  // What the level offset adds is the same in all dimensions, and the rotation back would gather what is left of it in
+  // one: so it is taken back by the weights as they were rounded.
+  if (levels) {
+    const auto sum_of_weights = static_cast<float>(hn::GetLane(hn::SumOfLanes(di, weight_sum)));
+    s.zero_sum[r] -= kLevelOffset * s.weight_scale[r] * sum_of_weights;
   }
 }
 
@@ -204,7 +213,7 @@ HWY_ATTR void collect_row(const PagedCache& cache, const float* HWY_RESTRICT acc
   }
 }
 
-// Normalises the row in place and writes it and its LSE.
+// Normalises the row in place, rotates it back and writes it and its LSE.
 HWY_ATTR void write_row(const AttendTask& task, int r, float max, float sum, float* HWY_RESTRICT row) {
   const AttendParams& p = *task.params;
   const int dim = p.cache.layout.head_dim_v;
@@ -224,6 +233,7 @@ HWY_ATTR void write_row(const AttendTask& task, int r, float max, float sum, flo
   } else {
     scale_row(row, dim, correction / denominator);
   }
+  if (p.cache.format.rotates_values()) rotate_simd(row, dim);
   store_row(p.dtype, row, dim, p.out, token * p.out_token_stride + head * p.out_head_stride);
   if (p.lse != nullptr) p.lse[token * p.num_heads + head] = denominator == 0 ? kMinusInf : top + std::log(denominator);
 }
@@ -234,7 +244,7 @@ HWY_ATTR void AttendTaskImpl(const AttendTask& task, const AttendScratch& s) {
   const PageLayout& layout = cache.layout;
   const int group = p.num_heads / layout.num_kv_heads;
   const int rows = task.num_queries * group;
-  const bool coded_keys = cache.format.key_codec == KeyCodec::kLloydMax;
+  const bool coded_keys = cache.format.rotates_keys();
   const int64_t seq_len = p.seq_lens[task.seq];
   const int64_t query_len = p.query_start_loc[task.seq + 1] - p.query_start_loc[task.seq];
   const int32_t* blocks = p.block_table + task.seq * p.block_table_stride;

@@ -3,7 +3,7 @@
 //
 // Highway 1.0.3 (Debian 12) has no such operation, so this is the one place with intrinsics: VNNI where there is
 // AVX3_DL, the multiply-add pair before it. The pair saturates 16-bit sums, which 2 * 127 * 128 < 32768 cannot reach: a
-// is at most 127.
+// is at most 127. dot4_wide takes all unsigned bytes, by 16-bit products where there is no VNNI.
 #if defined(TQ_CPU_DOT4_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TQ_CPU_DOT4_INL_H_
 #undef TQ_CPU_DOT4_INL_H_
@@ -54,6 +54,29 @@ HWY_INLINE HWY_ATTR VI dot4(VI acc, VU8 a, VI b) {
   low = hn::RearrangeToOddPlusEven(low, odd_low);  // sums of adjacent pairs
   high = hn::RearrangeToOddPlusEven(high, odd_high);
   return hn::Add(acc, hn::Add(hn::ConcatEven(d32, high, low), hn::ConcatOdd(d32, high, low)));
+#endif
+}
+
+// The same for a in [0, 255].
+HWY_INLINE HWY_ATTR VI dot4_wide(VI acc, VU8 a, VI b) {
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4
+  const hn::Repartition<int16_t, DI> d16;
+  const auto a16 = hn::BitCast(d16, a), b16 = hn::BitCast(d16, b);
+  const auto a_odd = hn::BitCast(d16, hn::ShiftRight<8>(hn::BitCast(hn::Repartition<uint16_t, DI>(), a)));
+  const auto a_even = hn::And(a16, hn::Set(d16, int16_t{0xff}));
+  const auto b_odd = hn::ShiftRight<8>(b16), b_even = hn::ShiftRight<8>(hn::ShiftLeft<8>(b16));
+#if HWY_TARGET == HWY_AVX3
+  return VI{_mm512_add_epi32(
+      acc.raw, _mm512_add_epi32(_mm512_madd_epi16(a_even.raw, b_even.raw), _mm512_madd_epi16(a_odd.raw, b_odd.raw)))};
+#elif HWY_TARGET == HWY_AVX2
+  return VI{_mm256_add_epi32(
+      acc.raw, _mm256_add_epi32(_mm256_madd_epi16(a_even.raw, b_even.raw), _mm256_madd_epi16(a_odd.raw, b_odd.raw)))};
+#else
+  return VI{_mm_add_epi32(acc.raw,
+                          _mm_add_epi32(_mm_madd_epi16(a_even.raw, b_even.raw), _mm_madd_epi16(a_odd.raw, b_odd.raw)))};
+#endif
+#else
+  return dot4(acc, a, b);  // neither saturates
 #endif
 }
 

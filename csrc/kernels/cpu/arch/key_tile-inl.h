@@ -3,7 +3,7 @@
 // Lloyd-Max keys: the packed rows of the tokens are transposed as 32-bit words, so that a lane is a token; a word's
 // codes then become four codebook bytes per lane by one table lookup, and dot4 with a broadcast query needs no sum
 // across lanes. Byte b of operand o of a row belongs to dimension operand_dim(). Levels are stored with 64 added (dot4
-// wants unsigned bytes), which 64 * sum(query) takes back.
+// wants unsigned bytes), which 64 * sum(query) takes back. Integer keys are such bytes as they are, with 128 added.
 #if defined(TQ_CPU_KEY_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TQ_CPU_KEY_TILE_INL_H_
 #undef TQ_CPU_KEY_TILE_INL_H_
@@ -24,13 +24,31 @@ namespace tq {
 namespace HWY_NAMESPACE {
 
 constexpr int kLevelOffset = 64;
+constexpr int level_offset(int bits) { return bits == 8 ? kIntegerZero : kLevelOffset; }
 // Query rows whose accumulators stay in registers, two planes each.
 constexpr int kQueryRows = 4;
 
-// Which dimension byte b of operand o holds. 4 bits: word w has 8 codes, operand 2w the low nibbles. 3 bits: word w of
-// the low plane has 16 codes, operand 4w + g those at bit 2g of each byte.
+// Which dimension byte b of operand o holds. 4 and 5 bits: word w has 8 codes, operand 2w the low nibbles. 3 bits: word
+// w of the low plane has 16 codes, operand 4w + g those at bit 2g of each byte.
 inline int operand_dim(int bits, int o, int b) {
-  return bits == 4 ? o / 2 * 8 + 2 * b + o % 2 : o / 4 * 16 + 4 * b + o % 4;
+  switch (bits) {
+    case 3:
+      return o / 4 * 16 + 4 * b + o % 4;
+    case 8:
+      return 4 * o + b;
+    default:
+      return o / 2 * 8 + 2 * b + o % 2;
+  }
+}
+
+// A codebook as bytes for table lookups, levels + 64.
+struct LevelTables {
+  VU8 low, high;  // codes 0 to 15, and 16 to 31 of a 5-bit book
+};
+HWY_INLINE HWY_ATTR LevelTables level_tables(const Codebook& book) {
+  HWY_ALIGN uint8_t levels[32] = {};
+  for (int i = 0; i < book.num_levels; ++i) levels[i] = static_cast<uint8_t>(book.levels[i] + kLevelOffset);
+  return {hn::LoadDup128(DU8(), levels), hn::LoadDup128(DU8(), levels + 16)};
 }
 
 // Four vectors of words, lane = token: out[i] holds word i of the 16 bytes at rows + t * stride, t in [0, kLanes).
@@ -95,7 +113,7 @@ HWY_ATTR void expand_keys_3bit(const uint8_t* rows, int stride, int dim, VU8 tab
   const int words = dim / 16;  // of the low plane
   for (int w = 0; w < words; w += 8) {
     VI high[4];  // words of the second plane: one for two of the first
-    transpose_words(rows + high_word_offset(dim, w), stride, high);
+    transpose_words(rows + high_word_offset(3, dim, w), stride, high);
     for (int v = w; v < w + 8 && v < words; v += 4) {
       VI low[4];
       transpose_words(rows + 4 * v, stride, low);
@@ -114,8 +132,52 @@ HWY_ATTR void expand_keys_3bit(const uint8_t* rows, int stride, int dim, VU8 tab
   }
 }
 
-// scores[r][0..kLanes) for kRows rows of byte-plane queries [rows][dim / 4][high, low][4].
-template <int kRows>
+// Levels of four codes a lane: nibbles, and bit kShift of each byte of high chooses the table.
+template <int kShift>
+HWY_INLINE HWY_ATTR VU8 levels_5bit(const LevelTables& tables, VU8 nibbles, VI high) {
+  const DU8 d8;
+  const auto bit = hn::BitCast(d8, hn::And(hn::ShiftRight<kShift>(high), hn::Set(DI(), 0x01010101)));
+  return hn::IfThenElse(hn::Eq(bit, hn::Zero(d8)), hn::TableLookupBytes(tables.low, nibbles),
+                        hn::TableLookupBytes(tables.high, nibbles));
+}
+
+HWY_ATTR void expand_keys_5bit(const uint8_t* rows, int stride, int dim, const LevelTables& tables,
+                               uint8_t* HWY_RESTRICT tile) {
+  const DU8 d8;
+  const hn::RepartitionToWide<DU8> d16;
+  const auto nibble = hn::Set(d8, uint8_t{0x0f});
+  const int words = dim / 8;  // of the low plane
+  for (int w = 0; w < words; w += 16) {
+    VI high[4];  // words of the second plane: one for four of the first
+    transpose_words(rows + high_word_offset(5, dim, w / 2), stride, high);
+    for (int v = w; v < w + 16 && v < words; v += 4) {
+      VI low[4];
+      transpose_words(rows + 4 * v, stride, low);
+      auto bits = high[(v - w) / 4];
+      if (v + 4 > words) bits = spread_half_unit(bits);
+      for (int i = 0; i < 4 && v + i < words; ++i) {
+        const auto bytes = hn::BitCast(d8, low[i]);
+        const auto second = hn::And(hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, bytes))), nibble);
+        uint8_t* out = tile + (v + i) * 8 * kLanes;
+        hn::StoreU(levels_5bit<0>(tables, hn::And(bytes, nibble), bits), d8, out);
+        hn::StoreU(levels_5bit<4>(tables, second, bits), d8, out + 4 * kLanes);
+        bits = hn::ShiftRight<1>(bits);  // word 2h + g of the four has its bits at 2h + g of each nibble
+      }
+    }
+  }
+}
+
+HWY_ATTR void expand_keys_8bit(const uint8_t* rows, int stride, int dim, uint8_t* HWY_RESTRICT tile) {
+  for (int w = 0; w < dim / 4; w += 4) {
+    VI word[4];
+    transpose_words(rows + 4 * w, stride, word);
+    for (int i = 0; i < 4; ++i) hn::StoreU(hn::BitCast(DU8(), word[i]), DU8(), tile + (w + i) * 4 * kLanes);
+  }
+}
+
+// scores[r][0..kLanes) for kRows rows of byte-plane queries [rows][dim / 4][high, low][4]. kWide: the tile has bytes
+// above 127.
+template <int kRows, bool kWide>
 HWY_ATTR void dot_codes(const int8_t* HWY_RESTRICT query, const int32_t* HWY_RESTRICT bias,
                         const uint8_t* HWY_RESTRICT tile, int dim, int32_t* HWY_RESTRICT scores) {
   const DI d32;
@@ -131,10 +193,11 @@ HWY_ATTR void dot_codes(const int8_t* HWY_RESTRICT query, const int32_t* HWY_RES
     for (int r = 0; r < kRows; ++r) {
       int32_t planes[2];
       std::memcpy(planes, query + 2 * (r * dim + 4 * o), sizeof(planes));
-      high[r] = dot4(high[r], k, hn::Set(d32, planes[0]));
-      low[r] = dot4(low[r], k, hn::Set(d32, planes[1]));
+      high[r] = kWide ? dot4_wide(high[r], k, hn::Set(d32, planes[0])) : dot4(high[r], k, hn::Set(d32, planes[0]));
+      low[r] = kWide ? dot4_wide(low[r], k, hn::Set(d32, planes[1])) : dot4(low[r], k, hn::Set(d32, planes[1]));
     }
   }
+  // A plane's sum with the offset in it may wrap around, the whole sum without it does not: 32639 * 127 * 512 < 2^31.
   for (int r = 0; r < kRows; ++r) {
     hn::StoreU(hn::Add(hn::ShiftLeft<8>(high[r]), low[r]), d32, scores + r * kChunkTokens);
   }
@@ -165,7 +228,7 @@ HWY_ATTR float quantize_query(const float* HWY_RESTRICT x, int bits, int dim, in
     sum += q;
     split_planes(q, planes + 8 * o + b, planes + 8 * o + 4 + b);
   }
-  *bias = static_cast<int32_t>(-kLevelOffset * sum);
+  *bias = static_cast<int32_t>(-level_offset(bits) * sum);
   return poison == 0 ? max_abs / static_cast<float>(kPlaneLimit) : std::numeric_limits<float>::quiet_NaN();
 }
 
@@ -174,25 +237,24 @@ HWY_ATTR void score_coded_keys(const PagedCache& cache, const uint8_t* atom, int
                                float* scores) {
   const PageLayout& layout = cache.layout;
   const int dim = layout.head_dim;
-  HWY_ALIGN uint8_t levels[16] = {};
-  for (int i = 0; i < cache.codebook->num_levels; ++i) {
-    levels[i] = static_cast<uint8_t>(cache.codebook->levels[i] + kLevelOffset);
-  }
-  const auto table = hn::LoadDup128(DU8(), levels);
+  const int stride = layout.key_row_bytes();
+  const bool wide = layout.key_bits == 8;
+  const LevelTables tables = wide ? LevelTables{hn::Zero(DU8()), hn::Zero(DU8())} : level_tables(*cache.key_book);
   uint8_t* tile = static_cast<uint8_t*>(s.key_tile);
   int32_t* out = reinterpret_cast<int32_t*>(scores);
   for (int t = 0; t < kAtomTokens; t += kLanes) {
     const uint8_t* first = atom + layout.key_row_offset(t);
-    if (layout.key_bits == 4) {
-      expand_keys_4bit(first, layout.key_row_bytes(), dim, table, tile);
-    } else {
-      expand_keys_3bit(first, layout.key_row_bytes(), dim, table, tile);
-    }
+    if (layout.key_bits == 8) expand_keys_8bit(first, stride, dim, tile);
+    if (layout.key_bits == 5) expand_keys_5bit(first, stride, dim, tables, tile);
+    if (layout.key_bits == 4) expand_keys_4bit(first, stride, dim, tables.low, tile);
+    if (layout.key_bits == 3) expand_keys_3bit(first, stride, dim, tables.low, tile);
+    auto dot = wide ? &dot_codes<kQueryRows, true> : &dot_codes<kQueryRows, false>;
     int r = 0;
     for (; r + kQueryRows <= rows; r += kQueryRows) {
-      dot_codes<kQueryRows>(s.query8 + 2 * r * dim, s.query_bias + r, tile, dim, out + r * kChunkTokens + t);
+      dot(s.query8 + 2 * r * dim, s.query_bias + r, tile, dim, out + r * kChunkTokens + t);
     }
-    for (; r < rows; ++r) dot_codes<1>(s.query8 + 2 * r * dim, s.query_bias + r, tile, dim, out + r * kChunkTokens + t);
+    dot = wide ? &dot_codes<1, true> : &dot_codes<1, false>;
+    for (; r < rows; ++r) dot(s.query8 + 2 * r * dim, s.query_bias + r, tile, dim, out + r * kChunkTokens + t);
   }
 }
 

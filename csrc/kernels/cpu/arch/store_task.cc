@@ -41,28 +41,30 @@ HWY_ATTR void store_codes(hn::Vec<DI> codes, uint8_t* HWY_RESTRICT out) {
 }
 
 void pack_row(int bits, const uint8_t* HWY_RESTRICT codes, int dim, uint8_t* HWY_RESTRICT row) {
-  if (bits == 4) {
-    for (int i = 0; i < dim / 2; ++i) row[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+  if (bits == 8) {
+    std::memcpy(row, codes, static_cast<size_t>(dim));
     return;
   }
-  uint8_t* low = row;
-  uint8_t* high = row + high_plane_offset(dim);
-  for (int i = 0; i < dim / 4; ++i) {
-    const uint8_t* c = codes + 4 * i;
-    low[i] = static_cast<uint8_t>((c[0] & 3) | (c[1] & 3) << 2 | (c[2] & 3) << 4 | (c[3] & 3) << 6);
+  if (bits == 3) {
+    for (int i = 0; i < dim / 4; ++i) {
+      const uint8_t* c = codes + 4 * i;
+      row[i] = static_cast<uint8_t>((c[0] & 3) | (c[1] & 3) << 2 | (c[2] & 3) << 4 | (c[3] & 3) << 6);
+    }
+  } else {
+    for (int i = 0; i < dim / 2; ++i) row[i] = static_cast<uint8_t>((codes[2 * i] & 15) | codes[2 * i + 1] << 4);
   }
+  if (bits == 4) return;
   uint8_t bits_of_plane[kMaxHeadDim / 8] = {};
   for (int d = 0; d < dim; ++d) {
-    const int bit = high_plane_bit(d, dim);
-    bits_of_plane[bit / 8] = static_cast<uint8_t>(bits_of_plane[bit / 8] | (codes[d] >> 2) << (bit % 8));
+    const int bit = high_plane_bit(bits, d, dim);
+    bits_of_plane[bit / 8] = static_cast<uint8_t>(bits_of_plane[bit / 8] | (codes[d] >> (bits - 1)) << (bit % 8));
   }
-  std::memcpy(high, bits_of_plane, static_cast<size_t>(dim) / 8);
+  std::memcpy(row + high_plane_offset(bits, dim), bits_of_plane, static_cast<size_t>(dim) / 8);
 }
 
-HWY_ATTR void encode_lloyd_max(const PagedCache& cache, float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT codes,
-                               uint8_t* atom, int t) {
-  const Codebook& book = *cache.codebook;
-  const int dim = cache.layout.head_dim;
+// x[dim] to codes; returns the norm. reference.h has the formulas.
+HWY_ATTR uint16_t encode_lloyd_max(const Codebook& book, NormRule rule, float* HWY_RESTRICT x, int dim,
+                                   uint8_t* HWY_RESTRICT codes) {
   const DF df;
   const DI di;
   make_finite(x, dim, 1e15f);
@@ -85,13 +87,41 @@ HWY_ATTR void encode_lloyd_max(const PagedCache& cache, float* HWY_RESTRICT x, u
     }
     store_codes(code, codes + i);
   }
+  if (rule == NormRule::kUnbiased) {
+    double along = 0;
+    for (int i = 0; i < dim; ++i) along += double{x[i]} * book.levels[codes[i]];
+    return along > 0 ? float_to_fp16_saturating(norm * static_cast<float>(double{book.scale} * dim / along))
+                     : uint16_t{0};
+  }
   int64_t level_squares = 0;
   for (int i = 0; i < dim; ++i) level_squares += book.levels[codes[i]] * book.levels[codes[i]];
   const float level_norm =
       std::sqrt(static_cast<float>(level_squares)) / (book.scale * std::sqrt(static_cast<float>(dim)));
-  const uint16_t stored = float_to_fp16_saturating(norm / level_norm);
-  std::memcpy(atom + cache.layout.key_norm_offset(t), &stored, sizeof(stored));
-  pack_row(cache.layout.key_bits, codes, dim, atom + cache.layout.key_row_offset(t));
+  return float_to_fp16_saturating(norm / level_norm);
+}
+
+// The same of integers.
+HWY_ATTR uint16_t encode_integers(float* HWY_RESTRICT x, int dim, uint8_t* HWY_RESTRICT codes) {
+  const DF df;
+  const DI di;
+  make_finite(x, dim, 1e15f);
+  rotate_simd(x, dim);
+  auto largest = hn::Zero(df);
+  for (int i = 0; i < dim; i += kLanes) largest = hn::Max(largest, hn::Abs(hn::LoadU(df, x + i)));
+  const float levels = kIntegerScale * std::sqrt(static_cast<float>(dim));
+  const uint16_t stored =
+      float_to_fp16_saturating(hn::GetLane(hn::MaxOfLanes(df, largest)) * (levels / static_cast<float>(kIntegerTop)));
+  const float step = fp16_to_float(stored) / levels;
+  if (step == 0) {
+    std::fill(codes, codes + dim, uint8_t{kIntegerZero});
+    return stored;
+  }
+  const auto top = hn::Set(df, static_cast<float>(kIntegerTop));
+  for (int i = 0; i < dim; i += kLanes) {
+    const auto v = hn::Div(hn::LoadU(df, x + i), hn::Set(df, step));
+    store_codes(hn::Add(hn::NearestInt(hn::Min(hn::Max(v, hn::Neg(top)), top)), hn::Set(di, kIntegerZero)), codes + i);
+  }
+  return stored;
 }
 
 HWY_ATTR void encode_uniform(const PagedCache& cache, float* HWY_RESTRICT x, uint8_t* HWY_RESTRICT codes, uint8_t* atom,
@@ -124,10 +154,14 @@ HWY_ATTR void encode_uniform(const PagedCache& cache, float* HWY_RESTRICT x, uin
   pack_row(layout.value_bits, codes, dim, atom + layout.value_row_offset(t));
 }
 
-// x[dim] <- scale * table[code] + zero.
-void decode_codes(int bits, const uint8_t* row, int dim, const float* table, float scale, float zero,
-                  float* HWY_RESTRICT x) {
-  for (int d = 0; d < dim; ++d) x[d] = table[unpack_code(row, bits, dim, d)] * scale + zero;
+// x[dim] <- levels times the norm, rotated. book null: integers.
+void decode_levels(const Codebook* book, int bits, const uint8_t* row, int dim, float norm, float* HWY_RESTRICT x) {
+  const float scale = book != nullptr ? book->scale : kIntegerScale;
+  const float unit = norm / (scale * std::sqrt(static_cast<float>(dim)));
+  for (int d = 0; d < dim; ++d) {
+    const int code = unpack_code(row, bits, dim, d);
+    x[d] = static_cast<float>(book != nullptr ? book->levels[code] : code - kIntegerZero) * unit;
+  }
 }
 
 float load_fp16(const uint8_t* at) {
@@ -150,10 +184,20 @@ HWY_ATTR void StoreTaskImpl(const StoreParams& p, int64_t token) {
     uint8_t* atom = page + layout.atom_offset(head, in_block);
     load_row(p.dtype, p.key, token * p.key_token_stride + head * p.key_head_stride, layout.head_dim, x);
     uint8_t* key_row = atom + layout.key_row_offset(t);
+    if (p.key_offset != nullptr) {
+      for (int d = 0; d < layout.head_dim; ++d) x[d] -= p.key_offset[head * layout.head_dim + d];
+    }
     switch (cache.format.key_codec) {
       case KeyCodec::kLloydMax:
-        encode_lloyd_max(cache, x, codes, atom, t);
+      case KeyCodec::kInteger: {
+        const Codebook* book = cache.key_book;
+        const uint16_t norm = book != nullptr
+                                  ? encode_lloyd_max(*book, cache.format.norm_rule, x, layout.head_dim, codes)
+                                  : encode_integers(x, layout.head_dim, codes);
+        std::memcpy(atom + layout.key_norm_offset(t), &norm, sizeof(norm));
+        pack_row(layout.key_bits, codes, layout.head_dim, key_row);
         break;
+      }
       case KeyCodec::kFp8E4M3:
         for (int d = 0; d < layout.head_dim; ++d) key_row[d] = float_to_e4m3_saturating(x[d]);
         break;
@@ -162,10 +206,20 @@ HWY_ATTR void StoreTaskImpl(const StoreParams& p, int64_t token) {
         break;
     }
     load_row(p.dtype, p.value, token * p.value_token_stride + head * p.value_head_stride, layout.head_dim_v, x);
-    if (cache.format.value_codec == ValueCodec::kUniform) {
-      encode_uniform(cache, x, codes, atom, t);
-    } else {
-      std::memcpy(atom + layout.value_row_offset(t), x, sizeof(float) * layout.head_dim_v);
+    uint8_t* value_row = atom + layout.value_row_offset(t);
+    switch (cache.format.value_codec) {
+      case ValueCodec::kLloydMax: {
+        const uint16_t norm = encode_lloyd_max(*cache.value_book, cache.format.norm_rule, x, layout.head_dim_v, codes);
+        std::memcpy(atom + layout.value_scale_offset(t), &norm, sizeof(norm));
+        pack_row(layout.value_bits, codes, layout.head_dim_v, value_row);
+        break;
+      }
+      case ValueCodec::kUniform:
+        encode_uniform(cache, x, codes, atom, t);
+        break;
+      case ValueCodec::kF32:
+        std::memcpy(value_row, x, sizeof(float) * layout.head_dim_v);
+        break;
     }
   }
 }
@@ -178,22 +232,17 @@ HWY_ATTR void DequantTaskImpl(const DequantParams& p, int seq, int64_t token, in
   const uint8_t* page = cache.data + table[token / layout.block_size] * cache.block_stride;
   const int in_block = static_cast<int>(token % layout.block_size);
   const int t = in_block % kAtomTokens;
-  float levels[16];
   for (int head = 0; head < layout.num_kv_heads; ++head) {
     const uint8_t* atom = page + layout.atom_offset(head, in_block);
     if (p.key_out != nullptr) {
       const int dim = layout.head_dim;
       const uint8_t* codes = atom + layout.key_row_offset(t);
       switch (cache.format.key_codec) {
-        case KeyCodec::kLloydMax: {
-          const Codebook& book = *cache.codebook;
-          for (int c = 0; c < book.num_levels; ++c) levels[c] = book.levels[c];
-          const float unit = 1.0f / (book.scale * std::sqrt(static_cast<float>(dim)));
-          decode_codes(layout.key_bits, codes, dim, levels, load_fp16(atom + layout.key_norm_offset(t)) * unit, 0.0f,
-                       x);
+        case KeyCodec::kLloydMax:
+        case KeyCodec::kInteger:
+          decode_levels(cache.key_book, layout.key_bits, codes, dim, load_fp16(atom + layout.key_norm_offset(t)), x);
           if (!p.keep_rotated) rotate_simd(x, dim);
           break;
-        }
         case KeyCodec::kFp8E4M3:
           decode_e4m3(codes, dim, x);
           break;
@@ -206,12 +255,22 @@ HWY_ATTR void DequantTaskImpl(const DequantParams& p, int seq, int64_t token, in
     if (p.value_out != nullptr) {
       const int dim = layout.head_dim_v;
       const uint8_t* codes = atom + layout.value_row_offset(t);
-      if (cache.format.value_codec == ValueCodec::kUniform) {
-        for (int c = 0; c < 16; ++c) levels[c] = static_cast<float>(c);
-        decode_codes(layout.value_bits, codes, dim, levels, load_fp16(atom + layout.value_scale_offset(t)),
-                     load_fp16(atom + layout.value_zero_offset(t)), x);
-      } else {
-        std::memcpy(x, codes, sizeof(float) * dim);
+      const float scale = layout.has_value_scale ? load_fp16(atom + layout.value_scale_offset(t)) : 0.0f;
+      switch (cache.format.value_codec) {
+        case ValueCodec::kLloydMax:
+          decode_levels(cache.value_book, layout.value_bits, codes, dim, scale, x);
+          rotate_simd(x, dim);
+          break;
+        case ValueCodec::kUniform: {
+          const float zero = load_fp16(atom + layout.value_zero_offset(t));
+          for (int d = 0; d < dim; ++d) {
+            x[d] = static_cast<float>(unpack_code(codes, layout.value_bits, dim, d)) * scale + zero;
+          }
+          break;
+        }
+        case ValueCodec::kF32:
+          std::memcpy(x, codes, sizeof(float) * dim);
+          break;
       }
       store_row(p.dtype, x, dim, p.value_out, (row * layout.num_kv_heads + head) * dim);
     }

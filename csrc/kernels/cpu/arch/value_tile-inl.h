@@ -3,7 +3,8 @@
 // Four tokens' packed rows are interleaved byte by byte, so that a 32-bit lane holds the same byte of four tokens;
 // masking out one code then gives an operand for dot4 whose other side is the four tokens' weights. Rows that are
 // shorter than a vector share it: kParts groups of four tokens lie side by side, and their sums are added at the very
-// end. Position (operand, lane) of the accumulator belongs to dimension value_dim().
+// end. Position (operand, lane) of the accumulator belongs to dimension value_dim(). Lloyd-Max codes become levels + 64
+// on the way, and their norms scales; softmax_row takes the 64 back.
 #if defined(TQ_CPU_VALUE_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TQ_CPU_VALUE_TILE_INL_H_
 #undef TQ_CPU_VALUE_TILE_INL_H_
@@ -15,6 +16,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/cpu/arch/dot4-inl.h"
+#include "kernels/cpu/arch/key_tile-inl.h"
 #include "kernels/cpu/arch/rows-inl.h"
 #include "kernels/cpu/attend_task.h"
 
@@ -90,9 +92,11 @@ HWY_INLINE HWY_ATTR void interleave4(const VU8* in, VU8* out) {
   out[3] = hn::BitCast(d8, hn::InterleaveUpper(d16, c, e));
 }
 
-// tile[operand][kVectorBytes] <- operands of the parts * 4 tokens whose rows begin at rows.
-template <int kParts>
-HWY_ATTR void expand_values_4bit(const ValueShape& v, const uint8_t* rows, int stride, uint8_t* HWY_RESTRICT tile) {
+// tile[operand][kVectorBytes] <- operands of the parts * 4 tokens whose rows begin at rows: codes, or where there is a
+// table what it has for them.
+template <int kParts, bool kTable>
+HWY_ATTR void expand_values_4bit(const ValueShape& v, const uint8_t* rows, int stride, VU8 table,
+                                 uint8_t* HWY_RESTRICT tile) {
   const DU8 d8;
   const hn::RepartitionToWide<DU8> d16;
   const auto nibble = hn::Set(d8, uint8_t{0x0f});
@@ -104,9 +108,11 @@ HWY_ATTR void expand_values_4bit(const ValueShape& v, const uint8_t* rows, int s
     interleave4(token, mixed);
     for (int i = 0; i < 4; ++i) {
       uint8_t* out = tile + (n + i) * 2 * kVectorBytes;
-      hn::StoreU(hn::And(mixed[i], nibble), d8, out);
-      hn::StoreU(hn::And(hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, mixed[i]))), nibble), d8,
-                 out + kVectorBytes);
+      auto even = hn::And(mixed[i], nibble);
+      auto odd = hn::And(hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, mixed[i]))), nibble);
+      if constexpr (kTable) even = hn::TableLookupBytes(table, even), odd = hn::TableLookupBytes(table, odd);
+      hn::StoreU(even, d8, out);
+      hn::StoreU(odd, d8, out + kVectorBytes);
     }
   }
 }
@@ -118,7 +124,7 @@ HWY_ATTR void expand_values_3bit(const ValueShape& v, const uint8_t* rows, int s
   constexpr int kPlane = kMaxHeadDim / 4 + kVectorPad;
   HWY_ALIGN uint8_t high[kAtomTokens * kPlane];
   for (int t = 0; t < 4 * kParts; ++t)
-    spread_high_plane(rows + t * stride + high_plane_offset(v.dim), v.dim, high + t * kPlane);
+    spread_high_plane(rows + t * stride + high_plane_offset(3, v.dim), v.dim, high + t * kPlane);
   auto field = [&](VU8 x, int shift, uint8_t mask) HWY_ATTR {
     return hn::And(hn::BitCast(d8, hn::ShiftRightSame(hn::BitCast(d16, x), shift)), hn::Set(d8, mask));
   };
@@ -213,20 +219,27 @@ HWY_ATTR void load_coded_values(const PagedCache& cache, const ValueShape& v, co
   const hn::Rebind<hwy::float16_t, DF> df16;
   const hn::Rebind<uint16_t, DF> du16;
   const int stride = layout.value_row_bytes();
+  const Codebook* book = cache.value_book;
+  const auto table = book != nullptr ? level_tables(*book).low : hn::Zero(DU8());
   constexpr int kStep = 4 * kParts;
   for (int t = 0; t < kAtomTokens; t += kStep) {
     const uint8_t* rows = atom + layout.value_row_offset(t);
     uint8_t* tile = static_cast<uint8_t*>(s.value_tile) + (first + t) / kStep * v.operands * kVectorBytes;
-    if (v.bits == 4) {
-      expand_values_4bit<kParts>(v, rows, stride, tile);
+    if (book != nullptr) {
+      expand_values_4bit<kParts, true>(v, rows, stride, table, tile);
+    } else if (v.bits == 4) {
+      expand_values_4bit<kParts, false>(v, rows, stride, table, tile);
     } else {
       expand_values_3bit<kParts>(v, rows, stride, tile);
     }
   }
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(atom + layout.value_scale_offset(0));
   const uint16_t* zeros = reinterpret_cast<const uint16_t*>(atom + layout.value_zero_offset(0));
+  const float unit = book != nullptr ? 1.0f / (book->scale * std::sqrt(static_cast<float>(v.dim))) : 1.0f;
   for (int t = 0; t < kAtomTokens; t += kLanes) {
-    hn::StoreU(hn::PromoteTo(df, hn::BitCast(df16, hn::LoadU(du16, scales + t))), df, s.value_scale + first + t);
+    const auto scale = hn::Mul(hn::PromoteTo(df, hn::BitCast(df16, hn::LoadU(du16, scales + t))), hn::Set(df, unit));
+    hn::StoreU(scale, df, s.value_scale + first + t);
+    if (book != nullptr) continue;
     hn::StoreU(hn::PromoteTo(df, hn::BitCast(df16, hn::LoadU(du16, zeros + t))), df, s.value_zero + first + t);
   }
   std::fill(s.value_scale + first + valid, s.value_scale + first + kAtomTokens, 0.0f);
@@ -280,7 +293,7 @@ HWY_ATTR void weigh_values(const PagedCache& cache, const AttendScratch& s, int 
   constexpr int kRows = kLanes == 16 ? 4 : 2;
   const int dim = cache.layout.head_dim_v;
   int r = 0;
-  if (cache.format.value_codec == ValueCodec::kUniform) {
+  if (cache.format.has_value_scale()) {
     const ValueShape v = value_shape(cache.layout.value_bits, dim);
     with_parts(v.parts, [&](auto parts) HWY_ATTR {
       for (; r + kRows <= rows; r += kRows) weigh_coded_rows<kRows, parts()>(v, s, r, tokens);

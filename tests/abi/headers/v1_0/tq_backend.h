@@ -107,6 +107,9 @@ typedef enum TqFormatId {
   TQ_FORMAT_TURBOQUANT_4BIT_NC = 0x0201, /* 4-bit Lloyd-Max keys, 4-bit uniform values */
   TQ_FORMAT_TURBOQUANT_K3V4_NC = 0x0301, /* 3-bit Lloyd-Max keys, 4-bit uniform values */
   TQ_FORMAT_TURBOQUANT_3BIT_NC = 0x0401, /* 3-bit Lloyd-Max keys, 3-bit uniform values */
+  TQ_FORMAT_TQ_8 = 0x0501,               /* rotated 8-bit integer keys, rotated 4-bit Lloyd-Max values */
+  TQ_FORMAT_TQ_K5V4 = 0x0601,            /* 5-bit Lloyd-Max keys, rotated 4-bit Lloyd-Max values */
+  TQ_FORMAT_TQ_4 = 0x0701,               /* 4-bit Lloyd-Max keys, rotated 4-bit Lloyd-Max values */
   TQ_FORMAT_RAW_F32 = 0x7f01             /* test only: floats in the same pages on the same path */
 } TqFormatId;
 
@@ -120,11 +123,11 @@ typedef enum TqAttentionKind {
 typedef struct TqFormatInfo {
   uint32_t struct_size;
   uint32_t format_id;
-  char name[32]; /* vLLM's kv_cache_dtype name */
+  char name[32]; /* of a preset, vLLM's kv_cache_dtype name */
   int32_t key_bits;
   int32_t value_bits;
   int32_t test_only;
-  int32_t reserved;
+  int32_t rotates_keys; /* 1: `rotate` of queries and dequant_kv's keep_rotated are not without effect */
 } TqFormatInfo;
 #define TQ_FORMAT_INFO_SIZE_1_0 56
 
@@ -150,7 +153,7 @@ typedef struct TqCodebook {
 #define TQ_CODEBOOK_SIZE_1_0 24
 
 /* The host reference codec: what a stored vector reads back as. in, out: [num_rows, head_dim] float, contiguous; the
- * same memory, or no overlap. Keys come back unrotated. */
+ * same memory, or no overlap. Both sides come back unrotated. */
 typedef struct TqFakeQuantizeArgs {
   uint32_t struct_size;
   uint32_t format_id;
@@ -336,7 +339,13 @@ typedef struct TqPages {
 /* Compress num_tokens keys and values into pages. key: [num_tokens, num_kv_heads, head_dim], value: [..., head_dim_v],
  * dtype of the layer, innermost dimension contiguous, strides in elements. slot_mapping: [num_tokens], slot = block *
  * block_size + offset; -1 (padding) is skipped, anything else out of range is an error. NaN is stored as 0; norms,
- * scales and zero points saturate at the largest finite fp16. */
+ * scales and zero points saturate at the largest finite fp16.
+ *
+ * key_offset is subtracted from every key of a head before it is stored, so that a large part that all keys share (a
+ * bias) costs no precision. It changes no softmax, as it adds the same to all scores of a query: attend and dequant_kv
+ * work with keys less the offset, and lse lacks scale * q . key_offset. So a merge with other keys needs the offset
+ * taken from those too, sinks need it added to the score, and with a soft cap it must be NULL. Use one offset for all
+ * that a layer stores. */
 typedef struct TqStoreKvArgs {
   uint32_t struct_size;
   uint32_t reserved;
@@ -351,8 +360,9 @@ typedef struct TqStoreKvArgs {
   int64_t value_head_stride;
   const int64_t* slot_mapping;
   void* stream;
+  const float* key_offset; /* [num_kv_heads, head_dim], or NULL */
 } TqStoreKvArgs;
-#define TQ_STORE_KV_ARGS_SIZE_1_0 96
+#define TQ_STORE_KV_ARGS_SIZE_1_0 104
 
 /* Attention of num_seqs ragged sequences over pages: decode, multi-token verify and chunked prefill are one operation
  * at different query lengths. Sequence s owns query rows [query_start_loc[s], query_start_loc[s+1]), which are the last
@@ -399,7 +409,7 @@ typedef struct TqAttendArgs {
  * token_start_loc[s+1]) of the outputs; its first token_counts[s] rows (all, if token_counts is NULL) become its tokens
  * first_tokens[s], first_tokens[s] + 1, ..., and its other rows are left alone. key_out: [num_tokens, num_kv_heads,
  * head_dim] or NULL, value_out: [num_tokens, num_kv_heads, head_dim_v] or NULL, contiguous, dtype of the layer. Keys
- * come back unrotated unless keep_rotated is 1. */
+ * come back unrotated unless keep_rotated is 1, values always. */
 typedef struct TqDequantKvArgs {
   uint32_t struct_size;
   int32_t keep_rotated;
@@ -420,10 +430,11 @@ typedef struct TqDequantKvArgs {
 #define TQ_DEQUANT_KV_ARGS_SIZE_1_0 104
 
 /* out <- x taken into the space that the layer's pages hold: queries and keys are rotated as keys are before they are
- * quantized, so that the score of a rotated query with a rotated key is that of the query with the key. Values and
- * outputs of the presets, and keys of formats that do not rotate, are copied. x, out: [num_tokens, num_heads, head_dim]
- * (head_dim_v for values and outputs), dtype of the layer, innermost dimension contiguous, strides in elements; they
- * may be the same memory with the same strides, and must not overlap otherwise. */
+ * quantized, so that the score of a rotated query with a rotated key is that of the query with the key; values and
+ * outputs as values are. Twice is the identity. Sides that a format does not rotate are copied. attend rotates queries
+ * and outputs itself. x, out: [num_tokens, num_heads, head_dim] (head_dim_v for values and outputs), dtype of the
+ * layer, innermost dimension contiguous, strides in elements; they may be the same memory with the same strides, and
+ * must not overlap otherwise. */
 typedef struct TqRotateArgs {
   uint32_t struct_size;
   int32_t num_heads; /* of x and out: any number from 1 to 65536 */
