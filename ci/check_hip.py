@@ -14,24 +14,25 @@ import sys
 import tempfile
 from pathlib import Path
 
-FORMATS = ("k8v4", "k4v4", "k3v4", "k3v3")
+FORMATS = ("k8v4", "k4v4", "k3v4", "k3v3", "tq8", "tqk5v4", "tq4")
 KERNELS = {
     *(f"tq_{kernel}_{f}_{lanes}" for kernel in ("store", "dequant") for f in FORMATS for lanes in (4, 8, 16, 32)),
     *(f"tq_attend_{f}_{dim}" for f in FORMATS for dim in (64, 128, 256, 512)),
     *(f"tq_rotate_{lanes}" for lanes in (4, 8, 16, 32)),
     "tq_merge",
+    "tq_merge_rotated",
     "tq_copy_pages",
 }
-# Instruction -> the kernels that must have it. Lloyd-Max keys are looked up by byte permutes, and the norm of the levels
-# that a store chose is a dot product of bytes.
+# Instruction -> the kernels that must have it. Codes of a codebook are looked up by byte permutes, and the norm of the
+# levels that a preset's store chose is a dot product of bytes.
 COMMON = {
-    "v_perm_b32": r"tq_(attend|dequant)_|tq_store_k[34]",
+    "v_perm_b32": r"tq_(attend|dequant)_|tq_store_(k[34]|tq)",
     "v_dot4_u32_u8": r"tq_store_k[34]",
-    "ds_bpermute_b32": r"tq_(store_k[34]|attend|merge|rotate)",
+    "ds_bpermute_b32": r"tq_(store_(k[34]|tq)|attend|merge|rotate)",
 }
 MATRIX = {"gfx9": r"v_mfma_f32_16x16x16_?f16", "gfx11": r"v_wmma_f32_16x16x16_f16", "gfx12": r"v_wmma_f32_16x16x16_f16"}
 # Instances without a spilled register of any kind; no kernel may spill vector registers or use scratch memory.
-MAIN = re.compile(r"tq_(store|dequant|rotate|merge|copy)|tq_attend_k[348]v[34]_(64|128)")
+MAIN = re.compile(r"tq_(store|dequant|rotate|merge|copy)|tq_attend_(k[348]v[34]|tq8|tq4)_(64|128)")
 
 
 def tool(compiler: str, name: str) -> str:

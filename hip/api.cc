@@ -104,6 +104,7 @@ KernelStatus find_kernels(DeviceState* state) {
   find(&state->rotate[2], "tq_rotate_16");
   find(&state->rotate[3], "tq_rotate_32");
   find(&state->merge, "tq_merge");
+  find(&state->merge_rotated, "tq_merge_rotated");
   find(&state->copy_pages, "tq_copy_pages");
   if (status.code != 0) return status;
   void* address = nullptr;

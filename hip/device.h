@@ -9,6 +9,8 @@
 
 namespace tq {
 
+constexpr int kFormatCount = 7;  // of hip/instances.h
+
 struct DeviceState {
   int index = 0;
   char name[64] = {};
@@ -18,11 +20,12 @@ struct DeviceState {
   void* module = nullptr;
 
   // Functions of the module: formats as in hip/instances.h, then lanes or dimensions in ascending order.
-  void* store[4][4] = {};
-  void* dequant[4][4] = {};
-  void* attend[4][4] = {};
+  void* store[kFormatCount][4] = {};
+  void* dequant[kFormatCount][4] = {};
+  void* attend[kFormatCount][4] = {};
   void* rotate[4] = {};
   void* merge = nullptr;
+  void* merge_rotated = nullptr;
   void* copy_pages = nullptr;
 
   std::atomic<uint64_t> store_calls{0};

@@ -28,5 +28,6 @@ TQ_ENTRY(tq_rotate_4, kRotateThreads, RotateArgs) { rotate_kernel<4, kTargetWave
 TQ_ENTRY(tq_rotate_8, kRotateThreads, RotateArgs) { rotate_kernel<8, kTargetWave>(p); }
 TQ_ENTRY(tq_rotate_16, kRotateThreads, RotateArgs) { rotate_kernel<16, kTargetWave>(p); }
 TQ_ENTRY(tq_rotate_32, kRotateThreads, RotateArgs) { rotate_kernel<32, kTargetWave>(p); }
-TQ_ENTRY(tq_merge, kMergeThreads, MergeArgs) { merge_kernel<kTargetWave>(p); }
+TQ_ENTRY(tq_merge, kMergeThreads, MergeArgs) { merge_kernel<kTargetWave, false>(p); }
+TQ_ENTRY(tq_merge_rotated, kMergeThreads, MergeArgs) { merge_kernel<kTargetWave, true>(p); }
 TQ_ENTRY(tq_copy_pages, kCopyThreads, tq::CopyParams) { copy_pages_kernel<kCopyThreads>(p); }

@@ -1,9 +1,12 @@
 // launch.cc - from a call to kernel launches: chooses instances, sizes grids.
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 
 #include "hip/device.h"
+#include "hip/instances.h"
 #include "kernels/gpu/arguments.h"
+#include "kernels/gpu/formats.h"
 
 namespace tq::hip {
 namespace {
@@ -14,10 +17,11 @@ namespace {
 constexpr int64_t kTargetBlocks = 512;
 constexpr int64_t kMaxSplits = 64;
 
-int format_of(const PageLayout& layout) {  // as in TQ_HIP_FORMATS
-  if (layout.key_bits == 8) return 0;
-  if (layout.key_bits == 4) return 1;
-  return layout.value_bits == 4 ? 2 : 3;
+#define TQ_TRAITS(name, F) gpu::traits_of<gpu::F>(),
+constexpr gpu::FormatTraits kFormats[] = {TQ_HIP_FORMATS(TQ_TRAITS)};
+static_assert(std::size(kFormats) == kFormatCount);
+int format_of(const PageLayout& layout) {
+  return static_cast<int>(std::find(kFormats, std::end(kFormats), gpu::traits_of(layout)) - kFormats);
 }
 
 // Vectors of 16 * lanes dimensions: 0 for 4 lanes, 1 for 8, 2 for 16, 3 for 32; and dimensions 64, 128, 256, 512 alike.
@@ -47,8 +51,7 @@ KernelStatus supports(const DeviceState*, const Format& format, const PageLayout
   KernelStatus status = {kUnimplemented, ""};
   if (format.test_only) {
     std::snprintf(status.message, sizeof(status.message),
-                  "format_id is %s, which is for tests on the CPU; the HIP kernels serve the turboquant_* presets",
-                  format.name);
+                  "format_id is %s, which is for tests on the CPU; the HIP kernels serve all others", format.name);
     return status;
   }
   if (std::max(layout.head_dim, layout.head_dim_v) > 512) {
@@ -60,8 +63,11 @@ KernelStatus supports(const DeviceState*, const Format& format, const PageLayout
 }
 
 uint64_t workspace_size(const DeviceState* state, const PageLayout& layout, int) {
-  // Partial results of blocks that share a sequence: never more than the target, whatever the batch.
-  return uint64_t(kTargetBlocks) * gpu::partial_floats(part_dim_of(*state, size_of(layout))) * sizeof(float);
+  // Partial results of blocks that share a sequence: never more than the target, whatever the batch, but for those of
+  // one tile of columns.
+  const int size = size_of(layout), part_dim = part_dim_of(*state, size);
+  const int64_t of_a_tile = int64_t{layout.num_kv_heads} * ((64 << size) / part_dim);
+  return static_cast<uint64_t>(std::max(kTargetBlocks, of_a_tile)) * gpu::partial_floats(part_dim) * sizeof(float);
 }
 
 KernelStatus attend(DeviceState* state, const AttendParams& p) {
@@ -81,21 +87,37 @@ KernelStatus attend(DeviceState* state, const AttendParams& p) {
   const int64_t blocks = tiles * layout.num_kv_heads * parts;
   gpu::AttendArgs a = {};
   a.attend = p;
-  a.book = gpu::make_device_book(p.cache.codebook);
+  a.key_book = gpu::make_key_book(p.cache);
+  a.value_book = gpu::make_value_book(p.cache);
   a.splits = static_cast<int>(std::clamp<int64_t>(kTargetBlocks / blocks, 1, kMaxSplits));
   a.partial = static_cast<float*>(p.workspace);
   const int element = element_bytes(p.dtype);
   a.vector_query = element == 2 && aligned(p.query, p.query_token_stride, p.query_head_stride, 16, element);
   a.vector_out = element == 2 && aligned(p.out, p.out_token_stride, p.out_head_stride, 8, element);
-  const Grid grid = {static_cast<unsigned>(tiles), static_cast<unsigned>(layout.num_kv_heads * parts),
-                     static_cast<unsigned>(a.splits)};
-  if (const KernelStatus s = launch(state, state->attend[format_of(layout)][size], grid,
-                                    gpu::kAttendWarps * state->wave, &a, p.stream, "the attention kernel");
-      s.code != 0 || a.splits == 1) {
-    return s;
+  const bool rotated = p.cache.format.rotates_values();
+  const bool merges = rotated ? gpu::merges_rotated(a.splits, parts) : a.splits > 1;
+  // Where all that is left is to join parts, there may be more of them than the workspace holds at once.
+  const int64_t of_a_tile = int64_t{layout.num_kv_heads} * parts;
+  const int64_t at_once = merges && a.splits == 1 ? std::max<int64_t>(1, kTargetBlocks / of_a_tile) : tiles;
+  for (int64_t first = 0; first < tiles; first += at_once) {
+    a.first_tile = static_cast<int>(first);
+    const Grid grid = {static_cast<unsigned>(std::min(at_once, tiles - first)), static_cast<unsigned>(of_a_tile),
+                       static_cast<unsigned>(a.splits)};
+    if (const KernelStatus s = launch(state, state->attend[format_of(layout)][size], grid,
+                                      gpu::kAttendWarps * state->wave, &a, p.stream, "the attention kernel");
+        s.code != 0) {
+      return s;
+    }
+    if (!merges) continue;
+    const gpu::MergeArgs m = {a, part_dim, parts};
+    const Grid rows = {grid.x, rotated ? static_cast<unsigned>(layout.num_kv_heads) : grid.y, 1};
+    if (const KernelStatus s = launch(state, rotated ? state->merge_rotated : state->merge, rows, gpu::kMergeThreads,
+                                      &m, p.stream, "the merge kernel");
+        s.code != 0) {
+      return s;
+    }
   }
-  const gpu::MergeArgs m = {a, part_dim, parts};
-  return launch(state, state->merge, {grid.x, grid.y, 1}, gpu::kMergeThreads, &m, p.stream, "the merge kernel");
+  return {0, ""};
 }
 
 KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
@@ -105,7 +127,8 @@ KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
   const int size = size_of(p.cache.layout);
   gpu::StoreArgs a = {};
   a.store = p;
-  a.book = gpu::make_device_book(p.cache.codebook);
+  a.key_book = gpu::make_key_book(p.cache);
+  a.value_book = gpu::make_value_book(p.cache);
   const int element = element_bytes(p.dtype);
   a.vector_key = element == 2 && aligned(p.key, p.key_token_stride, p.key_head_stride, 16, element);
   a.vector_value = element == 2 && aligned(p.value, p.value_token_stride, p.value_head_stride, 16, element);
@@ -120,7 +143,8 @@ KernelStatus dequant_kv(DeviceState* state, const DequantParams& p) {
   const int size = size_of(p.cache.layout);
   gpu::DequantArgs a = {};
   a.dequant = p;
-  a.book = gpu::make_device_book(p.cache.codebook);
+  a.key_book = gpu::make_key_book(p.cache);
+  a.value_book = gpu::make_value_book(p.cache);
   // Rows are multiples of 16 elements, so only the buffers may be out of line.
   a.vector_out = (reinterpret_cast<uintptr_t>(p.key_out) | reinterpret_cast<uintptr_t>(p.value_out)) % 16 == 0;
   const int rows = state->wave / lanes_of(size) * gpu::row_unroll(lanes_of(size));

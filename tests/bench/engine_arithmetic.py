@@ -264,7 +264,7 @@ def adapted_capacity(
     config: dict, format_name: str, memory: int, *, tp: int, max_model_len: int, in_flight_tokens: int
 ) -> Capacity:
     """What the engine counts with our backend and the adapter's page plan, from specs that it makes itself."""
-    skipped = model_layers.skip_layers(config)
+    skipped = model_layers.skip_layers(config, format_name)
     layers = [layer for layer in model_layers.cache_layers(config, tp) if layer.kv_sharing_target == -1]
     vllm_config = engine_config(memory, max_model_len, in_flight_tokens, KVCacheLayout.LBHNC, 1, 16)
     vllm_config.cache_config.user_specified_block_size = False

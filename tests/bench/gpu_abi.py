@@ -118,6 +118,7 @@ class StoreKvArgs(Sized):
         ("value_head_stride", c_int64),
         ("slot_mapping", c_void_p),
         ("stream", c_void_p),
+        ("key_offset", c_void_p),
     ]
 
 

@@ -31,7 +31,7 @@ from gpu_timing import Candidate, Graph, Shape, gpu_name, interleaved, plain_rea
 
 SEED = 20261123
 FORMAT = "turboquant_4bit_nc"
-FORMATS = ("turboquant_k8v4", FORMAT, "turboquant_k3v4_nc", "turboquant_3bit_nc")
+FORMATS = ("turboquant_k8v4", FORMAT, "turboquant_k3v4_nc", "turboquant_3bit_nc", "tq_8", "tq_k5v4", "tq_4")
 ERROR_LIMIT = 1e-2  # of bf16 outputs, relative to a row's largest
 # The prefill route rounds more often to bf16 (2^-9 each time): rotated queries and decoded keys, and the output at each merge.
 ROUTE_ERROR_LIMIT = 2e-2
@@ -195,7 +195,7 @@ def grid(bench: Bench) -> Points:
 
 
 def formats(bench: Bench) -> Points:
-    for batch, context in ((8, 2048), (8, 8192), (8, 32768), (64, 16384)):
+    for batch, context in ((8, 2048), (8, 8192), (8, 32768), (64, 16384), (1, 131072)):
         shape = Shape(batch, context)
         for fmt in FORMATS:
             yield bench.attend("formats", shape, bench.bf16(shape), FORMAT_BARS.get((fmt, shape.name)), fmt)

@@ -14,13 +14,13 @@ T pick(std::mt19937& rng, std::initializer_list<T> from) {
   return *(from.begin() + std::uniform_int_distribution<size_t>(0, from.size() - 1)(rng));
 }
 
-const Format* random_preset(std::mt19937& rng) {
-  return find_format(pick(rng, {"turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"}));
+const Format* random_format(std::mt19937& rng) {
+  return find_format(served_formats()[rng() % served_formats().size()]);
 }
 
 Config random_config(std::mt19937& rng) {
   Config c;
-  c.format = random_preset(rng);
+  c.format = random_format(rng);
   c.dtype = pick(rng, {Dtype::kF16, Dtype::kF16, Dtype::kBF16, Dtype::kF32});
   c.head_dim = pick(rng, {64, 64, 80, 96, 112, 128, 128, 128, 192, 256, 256, 512, 16, 48});
   c.head_dim_v = pick(rng, {0, 0, 0, 0, 0, 64, 80, 128});
@@ -94,7 +94,7 @@ Config simple_config(const char* format, int query_len, std::vector<int> seq_len
 // Many tiles per warp, weights nearly alike and values around zero, so that outputs are small: what the matrix unit
 // rounds off in its accumulators must not add up.
 TEST_F(AttendCuda, LongContext) {
-  for (const char* format : {"turboquant_4bit_nc", "turboquant_k8v4", "turboquant_3bit_nc"}) {
+  for (const char* format : served_formats()) {
     Config c = simple_config(format, 1, {40000, 40000, 40000, 40000, 40000, 40000, 40000, 40000});
     c.num_kv_heads = 1;
     c.num_heads = 4;
@@ -167,7 +167,7 @@ TEST_F(AttendCuda, RepeatsBitForBit) {
 
 // Scores of +-1e4 and beyond: the softmax is one-hot or nearly so, and nothing overflows.
 TEST_F(AttendCuda, ExtremeScores) {
-  for (const char* format : {"turboquant_4bit_nc", "turboquant_k8v4"}) {
+  for (const char* format : served_formats()) {
     for (const int query_len : {1, 40}) {
       Config c = simple_config(format, query_len, {300});
       CudaCase test(c, 9, device);
@@ -256,7 +256,7 @@ TEST_F(AttendCuda, TestFormatIsRefusedByACall) {
 }
 
 TEST_F(AttendCuda, WorkspaceIsBounded) {
-  for (const char* name : {"turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"}) {
+  for (const char* name : served_formats()) {
     const Format& format = *find_format(name);
     for (const int dim : {16, 64, 80, 128, 256, 512}) {
       const PageLayout layout = make_page_layout(format, dim, dim, 8, 16);

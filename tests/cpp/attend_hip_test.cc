@@ -9,8 +9,6 @@ namespace {
 
 double hip_tolerance(Dtype dtype) { return dtype == Dtype::kBF16 ? 8e-3 : 4e-3; }
 
-const char* const kPresets[] = {"turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"};
-
 class AttendHip : public CudaTest {
  protected:
   void check(const Config& c, uint32_t seed) {
@@ -43,11 +41,11 @@ Config small_config(const char* format, int dim) {
   return c;
 }
 
-// Decode, verify and the end of a prefill in one batch, for each preset and head dimension that has its own instance,
+// Decode, verify and the end of a prefill in one batch, for each format and head dimension that has its own instance,
 // and for some that have none.
 TEST_F(AttendHip, EveryInstance) {
   uint32_t seed = test_seed(61);
-  for (const char* format : kPresets) {
+  for (const char* format : served_formats()) {
     for (const int dim : {64, 128, 256, 512, 16, 80, 112, 192}) {
       ASSERT_NO_FATAL_FAILURE(check(small_config(format, dim), ++seed));
     }
@@ -56,7 +54,7 @@ TEST_F(AttendHip, EveryInstance) {
 
 TEST_F(AttendHip, EveryFeature) {
   uint32_t seed = test_seed(62);
-  for (const char* format : kPresets) {
+  for (const char* format : served_formats()) {
     Config base = small_config(format, 64);
     base.seq_lens = {70, 41, 17};
     base.query_lens = {3, 1, 17};
@@ -81,7 +79,7 @@ TEST_F(AttendHip, EveryFeature) {
 TEST_F(AttendHip, EveryGroupAndDtype) {
   uint32_t seed = test_seed(63);
   for (int group = 1; group <= 16; ++group) {
-    Config c = small_config(kPresets[group % 4], 64);
+    Config c = small_config(served_formats()[group % served_formats().size()], 64);
     c.dtype = group % 3 == 0 ? Dtype::kF32 : group % 3 == 1 ? Dtype::kF16 : Dtype::kBF16;
     c.num_kv_heads = 1 + group % 2;
     c.num_heads = group * c.num_kv_heads;
@@ -113,6 +111,17 @@ TEST_F(AttendHip, ManyColumns) {
   c.query_lens = {260};
   c.window = 50;
   ASSERT_NO_FATAL_FAILURE(check(c, test_seed(65)));
+}
+
+// Heads whose outputs several blocks share, and so many of them that a rotation over all parts takes several launches.
+TEST_F(AttendHip, PartsOfManyColumns) {
+  for (const char* format : {"tq_4", "turboquant_4bit_nc"}) {
+    Config c = small_config(format, 512);
+    c.num_heads = c.num_kv_heads = 64;
+    c.seq_lens = {5, 17, 3, 1, 1, 2, 9, 4, 1};
+    c.query_lens.assign(c.seq_lens.size(), 1);
+    ASSERT_NO_FATAL_FAILURE(check(c, test_seed(67)));
+  }
 }
 
 // One token far above the others, whose weights are many and small: below 2^-14 of the largest, where gfx90a's matrix

@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <map>
 #include <random>
 #include <vector>
 
@@ -16,8 +15,8 @@ constexpr unsigned kSeed = 17;
 // 16, 32, ..., 512
 int random_dim(std::mt19937& rng) { return 16 * (1 + static_cast<int>(rng() % 32)); }
 
-PageLayout layout_of(int key_bits, int value_bits, int head_dim, int head_dim_v) {
-  return {key_bits, value_bits, key_bits != 8, true, head_dim, head_dim_v, 2, 16};
+PageLayout layout_of(FormatId id, int head_dim, int head_dim_v) {
+  return make_page_layout(*find_format(id), head_dim, head_dim_v, 2, 16);
 }
 
 DecodeInstance decode(int dim, bool exact, int columns) {
@@ -58,7 +57,7 @@ TEST(Choose, DecodeDoesNotDependOnTheOrder) {
     // A layer like one of the rows, or any.
     int head_dim = random_dim(rng);
     if (!table.empty() && rng() % 2 == 0) head_dim = table[rng() % table.size()].dim;
-    const PageLayout layout = layout_of(4, 4, head_dim, rng() % 4 == 0 ? random_dim(rng) : head_dim);
+    const PageLayout layout = layout_of(kTurboquant4BitNc, head_dim, rng() % 4 == 0 ? random_dim(rng) : head_dim);
     const std::vector<DecodeInstance> want = tightest(table, layout);
     for (int order = 0; order < 10; ++order) {
       std::shuffle(table.begin(), table.end(), rng);
@@ -107,31 +106,42 @@ TEST(Choose, TheOthersDoNotEither) {
   std::vector<RowInstance> rows;
   std::vector<RotateInstance> rotate;
   for (const int size : sizes) {
-    for (const auto& [key_bits, value_bits] : std::multimap<int, int>{{8, 4}, {4, 4}, {3, 4}, {3, 3}}) {
-      prefill.push_back({nullptr, key_bits, value_bits, size, 0, 0, 0});
-      rows.push_back({nullptr, key_bits, value_bits, size / 16});
+    for (const Format& format : all_formats()) {
+      const gpu::FormatTraits traits = gpu::traits_of(layout_of(format.id, size, size));
+      prefill.push_back({nullptr, traits, size, 0, 0, 0});
+      rows.push_back({nullptr, traits, size / 16});
     }
     rotate.push_back({nullptr, size / 16});
   }
   check_smallest(
       prefill, sizes,
       [](auto& table, int dim) {
-        const PrefillInstance* i = find_prefill(table, layout_of(3, 4, 16, dim));
-        EXPECT_TRUE(i == nullptr || (i->key_bits == 3 && i->value_bits == 4));
+        const PageLayout layout = layout_of(kTq8, 16, dim);  // as many bits as turboquant_k8v4
+        const PrefillInstance* i = find_prefill(table, layout);
+        EXPECT_TRUE(i == nullptr || i->format == gpu::traits_of(layout));
         return i;
       },
       [](const PrefillInstance& i) { return i.dim; });
   check_smallest(
       rows, sizes,
       [](auto& table, int dim) {
-        const RowInstance* i = find_rows(table, layout_of(3, 3, dim, 16));
-        EXPECT_TRUE(i == nullptr || (i->key_bits == 3 && i->value_bits == 3));
+        const PageLayout layout = layout_of(kTurboquant4BitNc, dim, 16);  // as many bits as tq_4
+        const RowInstance* i = find_rows(table, layout);
+        EXPECT_TRUE(i == nullptr || i->format == gpu::traits_of(layout));
         return i;
       },
       [](const RowInstance& i) { return 16 * i.lanes; });
   check_smallest(
       rotate, sizes, [](auto& table, int dim) { return find_rotate(table, dim); },
       [](const RotateInstance& i) { return 16 * i.lanes; });
+}
+
+TEST(Choose, ALayoutTellsItsFormat) {
+  for (const Format& a : all_formats()) {
+    for (const Format& b : all_formats()) {
+      EXPECT_EQ(gpu::traits_of(layout_of(a.id, 64, 64)) == gpu::traits_of(layout_of(b.id, 64, 64)), a.id == b.id);
+    }
+  }
 }
 
 }  // namespace

@@ -23,6 +23,18 @@ inline const KernelApi& cuda_kernels() {
   return *api;
 }
 
+// The names of all formats that are not for tests.
+inline const std::vector<const char*>& served_formats() {
+  static const std::vector<const char*> names = [] {
+    std::vector<const char*> all;
+    for (const Format& format : all_formats()) {
+      if (!format.test_only) all.push_back(format.name);
+    }
+    return all;
+  }();
+  return names;
+}
+
 inline void cuda_ok(cudaError_t error) { ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error); }
 
 // A device copy of host bytes.

@@ -15,7 +15,54 @@ struct Shape {
   const char* format;
   Dtype dtype;
   int head_dim, head_dim_v, kv_heads, block_size, tokens;
+  bool offset;  // is subtracted from keys
 };
+
+struct Ties {
+  int64_t codes = 0, found = 0;
+};
+
+// A row of a rotated vector in an atom.
+struct Row {
+  int codes, norm;  // offsets
+  int bits, dim;
+};
+
+// Codes of x that differ between the atoms must be ties; then a becomes as b, norm included, for a whole comparison.
+void settle_ties(const Row& row, const std::vector<float>& x, const Codebook* book, uint8_t* a, const uint8_t* b,
+                 Ties& ties) {
+  std::vector<double> y(x.begin(), x.end());
+  double n = 0;
+  for (double& e : y) e = std::isnan(e) ? 0 : std::clamp(e, -1e15, 1e15);
+  for (const double e : y) n += e * e;
+  rotate(y.data(), row.dim);
+  uint16_t norm_a, norm_b;
+  std::memcpy(&norm_a, a + row.norm, 2);
+  std::memcpy(&norm_b, b + row.norm, 2);
+  const double deviations = std::sqrt(double(row.dim));
+  bool tied = false;
+  for (int d = 0; d < row.dim; ++d) {
+    ++ties.codes;
+    const int u = unpack_code(a + row.codes, row.bits, row.dim, d);
+    const int w = unpack_code(b + row.codes, row.bits, row.dim, d);
+    if (u == w) continue;
+    ASSERT_EQ(std::abs(u - w), 1) << "dim " << d;
+    if (book != nullptr) {
+      const double at = y[d] * deviations / (std::sqrt(n) + 1e-8);
+      ASSERT_NEAR(at, book->midpoints[std::min(u, w)], kTie * std::max(1.0, std::fabs(at)));
+    } else if (norm_a == norm_b) {  // integers; their step goes with the norm
+      const double level = y[d] / fp16_to_float(norm_b) * kIntegerScale * deviations;
+      ASSERT_NEAR(level, std::min(u, w) - kIntegerZero + 0.5, kTie * kIntegerTop);
+    }
+    ++ties.found;
+    tied = true;
+  }
+  if (!tied || book == nullptr) {
+    ASSERT_LE(std::abs(int{norm_a} - int{norm_b}), 1);
+  }
+  std::memcpy(a + row.norm, &norm_b, 2);
+  if (tied) std::memcpy(a + row.codes, b + row.codes, row.dim * row.bits / 8);
+}
 
 void check_store(const Shape& shape, uint32_t seed, DeviceState* device) {
   const Format& format = *find_format(shape.format);
@@ -50,12 +97,7 @@ void check_store(const Shape& shape, uint32_t seed, DeviceState* device) {
   DeviceBytes device_pages(pages.data(), num_blocks * stride), device_key(key), device_value(value),
       device_slots(slots);
   StoreParams p = {};
-  p.cache = {format,
-             layout,
-             format.rotates_keys() ? &format_codebook(format.key_bits) : nullptr,
-             device_pages.get<uint8_t>(),
-             num_blocks,
-             stride};
+  p.cache = make_paged_cache(format, layout, device_pages.get<uint8_t>(), num_blocks, stride);
   p.dtype = shape.dtype;
   p.num_tokens = shape.tokens;
   p.key = device_key.get();
@@ -65,6 +107,10 @@ void check_store(const Shape& shape, uint32_t seed, DeviceState* device) {
   p.value_token_stride = int64_t{shape.kv_heads} * shape.head_dim_v;
   p.value_head_stride = shape.head_dim_v;
   p.slot_mapping = device_slots.get<int64_t>();
+  std::vector<float> key_offset(int64_t{shape.kv_heads} * shape.head_dim);
+  for (float& x : key_offset) x = 3.0f * normal(rng);
+  DeviceBytes device_offset(key_offset);
+  if (shape.offset) p.key_offset = device_offset.get<float>();
   const KernelStatus status = cuda_kernels().store_kv(device, p);
   ASSERT_EQ(status.code, 0) << status.message;
   cuda_ok(cudaDeviceSynchronize());
@@ -73,7 +119,7 @@ void check_store(const Shape& shape, uint32_t seed, DeviceState* device) {
 
   // What nothing was stored to is as it was.
   std::vector<uint8_t> want(pages.data(), pages.data() + num_blocks * stride);
-  int64_t codes = 0, ties = 0;
+  Ties ties;
   std::vector<float> k(shape.head_dim), v(shape.head_dim_v);
   for (int t = 0; t < shape.tokens; ++t) {
     if (slots[t] < 0) continue;
@@ -82,6 +128,7 @@ void check_store(const Shape& shape, uint32_t seed, DeviceState* device) {
     for (int h = 0; h < shape.kv_heads; ++h) {
       for (int d = 0; d < shape.head_dim; ++d) {
         k[d] = to_float(shape.dtype, key.data(), (int64_t{t} * shape.kv_heads + h) * shape.head_dim + d);
+        if (shape.offset) k[d] -= key_offset[h * shape.head_dim + d];
       }
       for (int d = 0; d < shape.head_dim_v; ++d) {
         v[d] = to_float(shape.dtype, value.data(), (int64_t{t} * shape.kv_heads + h) * shape.head_dim_v + d);
@@ -89,37 +136,18 @@ void check_store(const Shape& shape, uint32_t seed, DeviceState* device) {
       reference_store<float>(format, layout, &want[page], h, offset, k.data(), v.data());
       uint8_t* a = &want[page + layout.atom_offset(h, offset)];
       const uint8_t* b = &got[page + layout.atom_offset(h, offset)];
-      if (!format.rotates_keys()) continue;
-      // Codes that differ must be ties; then the pages are made equal, norm included, for the whole comparison.
-      std::vector<double> y(k.begin(), k.end());
-      double n = 0;
-      for (double& x : y) x = std::isnan(x) ? 0 : std::clamp(x, -1e15, 1e15);
-      for (const double x : y) n += x * x;
-      rotate(y.data(), shape.head_dim);
-      const Codebook& book = format_codebook(format.key_bits);
-      bool tied = false;
-      for (int d = 0; d < shape.head_dim; ++d) {
-        ++codes;
-        const int x = unpack_code(a + layout.key_row_offset(row), format.key_bits, shape.head_dim, d);
-        const int z = unpack_code(b + layout.key_row_offset(row), format.key_bits, shape.head_dim, d);
-        if (x == z) continue;
-        const double at = y[d] * std::sqrt(double(shape.head_dim)) / (std::sqrt(n) + 1e-8);
-        ASSERT_EQ(std::abs(x - z), 1) << "token " << t << " head " << h << " dim " << d;
-        ASSERT_NEAR(at, book.midpoints[std::min(x, z)], kTie * std::max(1.0, std::fabs(at)));
-        ++ties;
-        tied = true;
+      if (format.rotates_keys()) {
+        const Row rows = {layout.key_row_offset(row), layout.key_norm_offset(row), format.key_bits, shape.head_dim};
+        ASSERT_NO_FATAL_FAILURE(settle_ties(rows, k, key_codebook(format), a, b, ties));
       }
-      uint16_t norm_a, norm_b;
-      std::memcpy(&norm_a, a + layout.key_norm_offset(row), 2);
-      std::memcpy(&norm_b, b + layout.key_norm_offset(row), 2);
-      if (!tied) {
-        ASSERT_LE(std::abs(int{norm_a} - int{norm_b}), 1) << "token " << t << " head " << h;
+      if (format.rotates_values()) {
+        const Row rows = {layout.value_row_offset(row), layout.value_scale_offset(row), format.value_bits,
+                          shape.head_dim_v};
+        ASSERT_NO_FATAL_FAILURE(settle_ties(rows, v, value_codebook(format), a, b, ties));
       }
-      std::memcpy(a + layout.key_norm_offset(row), &norm_b, 2);
-      if (tied) std::memcpy(a + layout.key_row_offset(row), b + layout.key_row_offset(row), layout.key_row_bytes());
     }
   }
-  EXPECT_LE(ties, 1 + codes / 10000);
+  EXPECT_LE(ties.found, 1 + ties.codes / 10000);
   for (size_t i = 0; i < want.size(); ++i) {
     ASSERT_EQ(want[i], got[i]) << "byte " << i << " of " << shape.format << " dim " << shape.head_dim << "/"
                                << shape.head_dim_v;
@@ -129,7 +157,7 @@ void check_store(const Shape& shape, uint32_t seed, DeviceState* device) {
 TEST_F(StoreCuda, PagesEqualTheReference) {
   std::mt19937 rng(test_seed(41));
   auto pick = [&rng](std::initializer_list<int> from) { return *(from.begin() + rng() % from.size()); };
-  for (const char* format : {"turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"}) {
+  for (const char* format : served_formats()) {
     for (const int dim : {16, 32, 48, 64, 80, 96, 112, 128, 144, 192, 208, 256, 320, 400, 512}) {
       for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBF16}) {
         const Shape shape = {format,
@@ -138,7 +166,8 @@ TEST_F(StoreCuda, PagesEqualTheReference) {
                              pick({dim, dim, 64, 80, 128}),
                              pick({1, 2, 3, 8}),
                              pick({16, 48, 64}),
-                             pick({1, 3, 17, 64})};
+                             pick({1, 3, 17, 64}),
+                             rng() % 3 == 0};
         ASSERT_NO_FATAL_FAILURE(check_store(shape, rng(), device)) << format << " " << dim;
       }
     }
@@ -168,7 +197,7 @@ struct Ranges {
 // Four sequences, one of them empty and two with rows that stay as they are.
 TEST_F(StoreCuda, DequantEqualsTheReference) {
   std::mt19937 rng(test_seed(42));
-  for (const char* format : {"turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"}) {
+  for (const char* format : served_formats()) {
     for (const int dim : {16, 64, 80, 112, 128, 144, 256, 512}) {
       for (const Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBF16}) {
         Config c;
@@ -215,6 +244,7 @@ TEST_F(StoreCuda, DequantEqualsTheReference) {
                 reference_load<double>(*c.format, test.layout, test.page(s, at), h, at % c.block_size, k.data(),
                                        v.data());
                 if (!rotated && c.format->rotates_keys()) rotate(k.data(), dim);
+                if (c.format->rotates_values()) rotate(v.data(), dim);
                 for (int d = 0; d < dim; ++d) {
                   ASSERT_NEAR(to_float(dtype, key.data(), (row * 3 + h) * dim + d), k[d], tolerance)
                       << format << " " << dim << " " << s << " " << t << " " << h << " " << d;
@@ -338,7 +368,7 @@ TEST_F(StoreCuda, CopiesPages) {
   const std::vector<int64_t> pairs = {0, 5, 3, 8, 1, 2};
   DeviceBytes device_pages(pages), device_pairs(pairs);
   CopyParams p = {};
-  p.cache = {format, layout, &format_codebook(4), device_pages.get<uint8_t>(), blocks, stride};
+  p.cache = make_paged_cache(format, layout, device_pages.get<uint8_t>(), blocks, stride);
   p.src_dst = device_pairs.get<int64_t>();
   p.num_pairs = 3;
   ASSERT_EQ(cuda_kernels().copy_pages(device, p).code, 0);
@@ -365,7 +395,7 @@ TEST_F(StoreCuda, FarBlocks) {
   const std::vector<int64_t> slot = {(blocks - 1) * 16 + 7};
   DeviceBytes device_kv(kv), device_slot(slot);
   StoreParams p = {};
-  p.cache = {format, layout, &format_codebook(4), pages.get<uint8_t>(), blocks, stride};
+  p.cache = make_paged_cache(format, layout, pages.get<uint8_t>(), blocks, stride);
   p.dtype = Dtype::kF32;
   p.num_tokens = 1;
   p.key = p.value = device_kv.get();

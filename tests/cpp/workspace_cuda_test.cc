@@ -28,7 +28,7 @@ bool all_zero(const std::vector<uint8_t>& bytes, size_t count) {
 TEST_F(WorkspaceCuda, OneForAllLayers) {
   std::vector<std::unique_ptr<CudaCase>> cases;
   uint64_t bytes = 0;
-  for (const char* format : {"turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"}) {
+  for (const char* format : served_formats()) {
     for (const int dim : {64, 80, 128, 256, 512}) {
       for (const int query_len : {1, 4, 40}) {
         cases.push_back(std::make_unique<CudaCase>(long_config(format, dim, query_len, {1000, 90}), 21 + dim, device));

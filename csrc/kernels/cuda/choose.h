@@ -46,17 +46,14 @@ constexpr DecodeKernels find_decode(std::span<const DecodeInstance> table, const
 
 constexpr const PrefillInstance* find_prefill(std::span<const PrefillInstance> table, const PageLayout& layout) {
   return smallest(table, [&](const PrefillInstance& i) {
-    return i.key_bits == layout.key_bits && i.value_bits == layout.value_bits && i.dim >= largest_dim(layout) ? i.dim
-                                                                                                              : -1;
+    return i.format == gpu::traits_of(layout) && i.dim >= largest_dim(layout) ? i.dim : -1;
   });
 }
 
 // Vectors of 16 * lanes dimensions hold the layer's.
 constexpr const RowInstance* find_rows(std::span<const RowInstance> table, const PageLayout& layout) {
   return smallest(table, [&](const RowInstance& i) {
-    return i.key_bits == layout.key_bits && i.value_bits == layout.value_bits && 16 * i.lanes >= largest_dim(layout)
-               ? i.lanes
-               : -1;
+    return i.format == gpu::traits_of(layout) && 16 * i.lanes >= largest_dim(layout) ? i.lanes : -1;
   });
 }
 

@@ -109,17 +109,49 @@ struct Combined {
     }
   }
 
+  // Rotates the column back, but for the factor rotation_norm(). What lies beyond dim is anything.
+  TQ_DEVICE void rotate(int dim, int lane) {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      const float4 x = out[k];
+      const float4 y = make_float4(x.x + x.y, x.x - x.y, x.z + x.w, x.z - x.w);
+      out[k] = make_float4(y.x + y.z, y.y + y.w, y.x - y.z, y.y - y.w);
+#pragma unroll
+      for (int o = 1; o < 32 && 4 * o < C::kDim; o <<= 1) {
+        const bool takes = rotates_over(128 * k + 4 * lane, 4 * o, dim), upper = (lane & o) != 0;
+        auto exchange = [=](float& mine) {
+          const float other = __shfl_xor_sync(kFullMask, mine, o);
+          if (takes) mine = upper ? other - mine : mine + other;
+        };
+        exchange(out[k].x), exchange(out[k].y), exchange(out[k].z), exchange(out[k].w);
+      }
+    }
+#pragma unroll
+    for (int o = 1; o < kChunks; o <<= 1) {
+#pragma unroll
+      for (int k = 0; k < kChunks; ++k) {
+        if ((k & o) != 0 || !rotates_over(128 * k, 128 * o, dim)) continue;
+        const float4 x = out[k], y = out[k + o];
+        out[k] = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+        out[k + o] = make_float4(x.x - y.x, x.y - y.y, x.z - y.z, x.w - y.w);
+      }
+    }
+  }
+
   TQ_DEVICE void finish(const DecodeParams& p, const OutputRow& row, int n, int lane) {
     const AttendParams& a = p.attend;
     const int column = row.first_column + n;
     const int64_t token = row.q_start + p.group.divide(column);
     const int head = row.head * static_cast<int>(p.group.value) + p.group.rest(column);
     const float f = a.sinks != nullptr ? add_sink(a.sinks[head], reference, sum) : 1.0f;
-    const float scale = sum == 0.0f ? 0.0f : __fdividef(f, sum);
+    const float normaliser = sum == 0.0f ? 0.0f : __fdividef(f, sum);
+    const int dim = C::kExact ? C::kDim : a.cache.layout.head_dim_v;
+    if constexpr (C::F::kRotatesValues) rotate(dim, lane);
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
       const int d = 128 * k + 4 * lane;
-      if (d >= a.cache.layout.head_dim_v) continue;
+      if (d >= dim) continue;
+      const float scale = C::F::kRotatesValues ? normaliser * rotation_norm(d, dim) : normaliser;
       const float4 x = make_float4(out[k].x * scale, out[k].y * scale, out[k].z * scale, out[k].w * scale);
       store_4(a.dtype, a.out, token * a.out_token_stride + head * a.out_head_stride + d, x, p.vector_out);
     }

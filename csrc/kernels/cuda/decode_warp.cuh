@@ -109,6 +109,9 @@ struct DecodeWarp {
     run.clear();
   }
 
+  // Keys and values of as many bits have one book, whose registers they share.
+  TQ_DEVICE const DeviceBook& value_book() const { return F::kKeyBits == F::kValueBits ? p.key_book : p.value_book; }
+
   TQ_DEVICE uint2 query_words(int nt, int plane, int step) const {
     return Key::query_words(area.row(nt * 8 + r), plane, step, t);
   }
@@ -180,7 +183,7 @@ struct DecodeWarp {
     for (int i = 0; i < C::kAtoms; ++i) {
       const int at = i * shape.atom_bytes();
       Key::template scores<NT>(
-          shape, p.book, lower + at, upper + at, of_tokens + at + shape.norm_offset(), swap, t, scale,
+          shape, p.key_book, lower + at, upper + at, of_tokens + at + shape.norm_offset(), swap, t, scale,
           [this](int nt, int plane, int step) {
             if constexpr (C::kQueryInRegisters) {
               return query[(nt * Key::kPlanes + plane) * Key::kSteps + step];
@@ -190,7 +193,7 @@ struct DecodeWarp {
           },
           s[i]);
       scales[i] = *reinterpret_cast<const uint32_t*>(of_tokens + at + shape.scale_offset());
-      zeros[i] = *reinterpret_cast<const uint32_t*>(of_tokens + at + shape.zero_offset());
+      zeros[i] = F::kRotatesValues ? 0u : *reinterpret_cast<const uint32_t*>(of_tokens + at + shape.zero_offset());
       scales[i] = byte_permute(scales[i], scales[i], swap);
       zeros[i] = byte_permute(zeros[i], zeros[i], swap);
     }
@@ -239,13 +242,18 @@ struct DecodeWarp {
         const float (&v)[4] = scaled[i][nt];
         run.sum[nt][0] += w[0] + w[2];
         run.sum[nt][1] += w[1] + w[3];
-        run.zero[nt][0] = fmaf(w[0], zero.x, fmaf(w[2], zero.y, run.zero[nt][0]));
-        run.zero[nt][1] = fmaf(w[1], zero.x, fmaf(w[3], zero.y, run.zero[nt][1]));
+        if constexpr (F::kRotatesValues) {  // in units of the offset, which all levels have
+          run.zero[nt][0] += v[0] + v[2];
+          run.zero[nt][1] += v[1] + v[3];
+        } else {
+          run.zero[nt][0] = fmaf(w[0], zero.x, fmaf(w[2], zero.y, run.zero[nt][0]));
+          run.zero[nt][1] = fmaf(w[1], zero.x, fmaf(w[3], zero.y, run.zero[nt][1]));
+        }
         fragment[nt][0] = transpose_8x8(pack_half2(v[0], v[1]));
         fragment[nt][1] = transpose_8x8(pack_half2(v[2], v[3]));
       }
       const int at = i * shape.atom_bytes() + shape.value_offset();
-      Value::template accumulate<NT>(shape, first + at, third + at, r, fragment, run.o);
+      Value::template accumulate<NT>(shape, value_book(), first + at, third + at, r, fragment, run.o);
     }
   }
 
@@ -288,18 +296,22 @@ struct DecodeWarp {
 #pragma unroll
         for (int o = 4; o < 32; o <<= 1) zero += __shfl_xor_sync(kFullMask, zero, o);
         run.zero[nt][e] = 0.0f;
+        if constexpr (F::kRotatesValues) zero *= -1.0f * kLevelOffset;
 #pragma unroll
         for (int i = 0; i < C::kDim / 16; ++i) {
           run.o[nt][i][e] = fmaf(zero, 1.0f / kCodeUnits, run.o[nt][i][e]);
-          run.o[nt][i][2 + e] = fmaf(zero, 16.0f / kCodeUnits, run.o[nt][i][2 + e]);
+          run.o[nt][i][2 + e] = fmaf(zero, Value::kOddUnits / kCodeUnits, run.o[nt][i][2 + e]);
         }
       }
     }
   }
 
-  // Writes the state as plain floats: column n has its unnormalised output, then reference and sum at kDim, kDim + 1.
+  // Writes the state as plain floats, rotated values still so: column n has its unnormalised output, then reference and
+  // sum at kDim, kDim + 1.
   TQ_DEVICE void dump(float* to) {
     fold_zeros();
+    float unit = kCodeUnits;
+    if constexpr (F::kRotatesValues) unit *= value_book().unit * rsqrtf(static_cast<float>(shape.head_dim_v()));
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
@@ -311,8 +323,8 @@ struct DecodeWarp {
 #pragma unroll
         for (int i = 0; i < C::kDim / 16; ++i) {
           const int2 d = Value::dims(i, r);
-          column[d.x] = run.o[nt][i][e] * kCodeUnits;
-          column[d.y] = run.o[nt][i][2 + e] * (kCodeUnits / 16.0f);
+          column[d.x] = run.o[nt][i][e] * unit;
+          column[d.y] = run.o[nt][i][2 + e] * (unit / Value::kOddUnits);
         }
         if (r == 0) {
           column[C::kDim] = -run.minus_ref[nt][e];

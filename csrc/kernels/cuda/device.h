@@ -18,7 +18,7 @@ struct DeviceState {
   bool hopper_code = false;  // the kernels were compiled for sm_90 or later: bulk copies, programmatic launches
   bool synchronous = false;  // TQ_SYNC=1: every call waits and reports its kernels' errors
   // Kernels whose shared memory limit has been raised, then nulls. There is room for all; calls take no lock.
-  std::array<std::atomic<const void*>, 64> prepared = {};
+  std::array<std::atomic<const void*>, 128> prepared = {};
 
   std::atomic<uint64_t> store_calls{0};
   std::atomic<uint64_t> stored_tokens{0};

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "kernels/cuda/decode_memory.h"
+#include "kernels/gpu/formats.h"
 
 namespace tq::cuda {
 
@@ -16,14 +17,14 @@ struct DecodeInstance {
 
 struct PrefillInstance {
   const void* function;  // prefill_kernel<PrefillConfig<...>>
-  int key_bits, value_bits;
+  gpu::FormatTraits format;
   int dim;  // head_dim and head_dim_v are at most dim
   int rows, threads, shared_bytes;
 };
 
 struct RowInstance {  // store_kernel, dequant_kernel
   const void* function;
-  int key_bits, value_bits;
+  gpu::FormatTraits format;
   int lanes;  // of a vector, 16 dimensions each
 };
 
@@ -36,6 +37,9 @@ std::span<const DecodeInstance> decode_k8v4();
 std::span<const DecodeInstance> decode_k4v4();
 std::span<const DecodeInstance> decode_k3v4();
 std::span<const DecodeInstance> decode_k3v3();
+std::span<const DecodeInstance> decode_tq8();
+std::span<const DecodeInstance> decode_tqk5v4();
+std::span<const DecodeInstance> decode_tq4();
 std::span<const PrefillInstance> prefill_instances();
 std::span<const RowInstance> store_instances();
 std::span<const RowInstance> dequant_instances();

@@ -18,11 +18,11 @@ namespace tq::cuda {
 TQ_DEVICE int token_parity(int r) { return (r ^ (r >> 1)) & 1; }
 TQ_DEVICE int token_row(int r, bool upper) { return 2 * r + (token_parity(r) ^ (upper ? 1 : 0)); }
 
-// Query columns in shared memory, one row each: Lloyd-Max keys take two planes of signed bytes, q = (hi + lo / 256) *
+// Query columns in shared memory, one row each: keys of levels take two planes of signed bytes, q = (hi + lo / 256) *
 // unit, FP8 keys fp16. kDim elements, zero beyond the head dimension; the pitch avoids bank conflicts.
 template <class F, int kDim>
 struct QueryRow {
-  static constexpr bool kIsInt8 = F::kKeyBits != 8;
+  static constexpr bool kIsInt8 = F::kRotatesKeys;
   static constexpr int kPlaneBytes = kDim;
   static constexpr int kBytes = 2 * kDim + 16;  // two byte planes or one of fp16, and padding
   // Position of dimension d within a plane.
@@ -39,7 +39,7 @@ struct QueryScale {
 template <class F, int kDim, bool kExact>
 struct KeyTile {
   using Shape = AtomShape<F, kDim, kExact>;
-  static constexpr bool kIsInt8 = F::kKeyBits != 8;
+  static constexpr bool kIsInt8 = F::kRotatesKeys;
   static constexpr int kSteps = kIsInt8 ? kDim / 32 : kDim / 16;  // matrix steps
   static constexpr int kPlanes = kIsInt8 ? 2 : 1;
   static constexpr bool kPairedUnits = kExact && kDim % 128 == 0;  // 3 bits: a lane's units are neighbours
@@ -48,6 +48,8 @@ struct KeyTile {
                                        : kDim % 128 == 0 ? 4
                                        : kDim % 64 == 0  ? 2
                                                          : 1;
+  static constexpr int kWordsPerStep = F::kIntegerKeys ? 2 : 1;  // of a row and lane; integers come as they are
+  static constexpr int kWords = kSteps * kWordsPerStep;
 
   // Byte position, within a plane of the query row, of the first B register of a step; the second is next to it.
   TQ_DEVICE static int query_offset(int step, int t) {
@@ -56,7 +58,8 @@ struct KeyTile {
       const int unit = kPairedUnits ? 2 * (4 * (j >> 1) + t) + (j & 1) : 4 * j + t;
       return 16 * unit + 8 * (step & 1);
     } else {
-      return 8 * ((step / kWordsPerLoad * 4 + t) * kWordsPerLoad + step % kWordsPerLoad);
+      constexpr int kStepsPerLoad = kWordsPerLoad / kWordsPerStep;
+      return 8 * ((step / kStepsPerLoad * 4 + t) * kStepsPerLoad + step % kStepsPerLoad);
     }
   }
   TQ_DEVICE static uint2 query_words(const uint8_t* row, int plane, int step, int t) {
@@ -68,8 +71,8 @@ struct KeyTile {
     return token_row(r, upper) * shape.key_row_bytes() + (F::kKeyBits == 3 ? 0 : 4 * kWordsPerLoad * t);
   }
 
-  // The packed words of one key row that lane t needs, kSteps of them.
-  TQ_DEVICE static void load(const Shape& shape, const uint8_t* row, int t, uint32_t (&w)[kSteps]) {
+  // The packed words of one key row that lane t needs.
+  TQ_DEVICE static void load(const Shape& shape, const uint8_t* row, int t, uint32_t (&w)[kWords]) {
     if constexpr (F::kKeyBits == 3) {
 #pragma unroll
       for (int j = 0; j < kSteps / 2; ++j) {
@@ -87,7 +90,7 @@ struct KeyTile {
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < kSteps / kWordsPerLoad; ++j) {
+      for (int j = 0; j < kWords / kWordsPerLoad; ++j) {
         const uint8_t* p = row + j * 16 * kWordsPerLoad;
         if constexpr (kWordsPerLoad == 4) {
           const uint4 v = *reinterpret_cast<const uint4*>(p);
@@ -95,10 +98,46 @@ struct KeyTile {
         } else if constexpr (kWordsPerLoad == 2) {
           const uint2 v = *reinterpret_cast<const uint2*>(p);
           w[2 * j] = v.x, w[2 * j + 1] = v.y;
+        } else if constexpr (F::kKeyBits == 5) {
+          w[j] = load_u32_by_halves(p);
         } else {
           w[j] = *reinterpret_cast<const uint32_t*>(p);
         }
       }
+    }
+  }
+
+  // 5 bits: the words of the second plane; bit 4i of high[k] is bit 4 of code i of word k of load().
+  TQ_DEVICE static void load_high(const Shape& shape, const uint8_t* row, int t, uint32_t (&high)[kSteps]) {
+    const uint8_t* plane = row - 4 * kWordsPerLoad * t + high_plane_offset(5, shape.head_dim());
+    if constexpr (kExact && kWordsPerLoad == 4) {
+#pragma unroll
+      for (int j = 0; j < kSteps / 4; ++j) {
+        const uint32_t word = reinterpret_cast<const uint32_t*>(plane)[4 * j + t];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) high[4 * j + i] = word >> i;
+      }
+    } else if constexpr (kExact) {
+      static_assert(kWordsPerLoad == 2 && kSteps == 2);
+      const uint32_t word = reinterpret_cast<const uint32_t*>(plane)[t / 2] >> (2 * (t % 2));
+      high[0] = word, high[1] = word >> 1;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {  // 32 dimensions, of which the row may have half
+        const uint8_t* p = plane + 4 * j;
+        const bool half = 32 * j + 16 == shape.head_dim();
+        high[j] = (half ? spread_half_unit(*reinterpret_cast<const uint16_t*>(p)) : load_u32_by_halves(p)) >> t;
+      }
+    }
+  }
+
+  // The matrix unit's operand of step k of one row: unsigned bytes, levels and F::kKeyOffset.
+  TQ_DEVICE static void step_bytes(const DeviceBook& book, const uint32_t (&w)[kWords], const uint32_t (&high)[kSteps],
+                                   int k, uint32_t& a, uint32_t& b) {
+    if constexpr (F::kIntegerKeys) {
+      a = w[2 * k], b = w[2 * k + 1];
+    } else {
+      levels_of_nibbles<F::kKeyBits>(book, w[k], high[k], a, b);
     }
   }
 
@@ -109,16 +148,21 @@ struct KeyTile {
   TQ_DEVICE static void scores(const Shape& shape, const DeviceBook& book, const uint8_t* lower, const uint8_t* upper,
                                const uint8_t* norms, uint32_t swap, int t, const QueryScale<NT>& q, const Query& query,
                                float (&s)[NT][4]) {
-    uint32_t w0[kSteps], w1[kSteps];
+    uint32_t w0[kWords], w1[kWords];
     load(shape, lower, t, w0);
     load(shape, upper, t, w1);
     if constexpr (kIsInt8) {
+      uint32_t high0[kSteps] = {}, high1[kSteps] = {};
+      if constexpr (F::kKeyBits == 5) {
+        load_high(shape, lower, t, high0);
+        load_high(shape, upper, t, high1);
+      }
       int hi[NT][4], lo[NT][4];
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         uint32_t a0, a1, a2, a3;
-        levels_of_nibbles<F::kKeyBits>(book, w0[k], a0, a2);
-        levels_of_nibbles<F::kKeyBits>(book, w1[k], a1, a3);
+        step_bytes(book, w0, high0, k, a0, a2);
+        step_bytes(book, w1, high1, k, a1, a3);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
           const int none[4] = {0, 0, 0, 0};
@@ -137,8 +181,10 @@ struct KeyTile {
       for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          // Exact: levels within 63, planes within 127 and 512 dimensions keep the sum below 2^30.
-          s[nt][j] = static_cast<float>(256 * hi[nt][j] + lo[nt][j]) * (j < 2 ? factor.x : factor.y);
+          // Exact: levels and planes within 127 and 512 dimensions keep the sum below 2^31; what the offset adds may
+          // go beyond it on the way.
+          const uint32_t sum = 256u * static_cast<uint32_t>(hi[nt][j]) + static_cast<uint32_t>(lo[nt][j]);
+          s[nt][j] = static_cast<float>(static_cast<int>(sum)) * (j < 2 ? factor.x : factor.y);
         }
       }
     } else {

@@ -17,17 +17,29 @@ namespace {
 constexpr int kMaxDecodeQueryLen = 16;
 constexpr int kMinTilesPerWarp = 1;  // a CTA for less than a tile a warp is not worth its merge
 
-// The kernels of attend calls over a layer of one of the presets; nulls where a head dimension is too large.
+// The kernels of attend calls over a layer; nulls where a head dimension is too large.
 struct AttendKernels {
   DecodeKernels decode;
   const PrefillInstance* prefill;
 };
 
+struct DecodeTable {
+  gpu::FormatTraits format;
+  std::span<const DecodeInstance> (*instances)();
+};
+constexpr DecodeTable kDecodeTables[] = {
+    {gpu::traits_of<K8V4>(), decode_k8v4}, {gpu::traits_of<K4V4>(), decode_k4v4},
+    {gpu::traits_of<K3V4>(), decode_k3v4}, {gpu::traits_of<K3V3>(), decode_k3v3},
+    {gpu::traits_of<Tq8>(), decode_tq8},   {gpu::traits_of<TqK5V4>(), decode_tqk5v4},
+    {gpu::traits_of<Tq4>(), decode_tq4},
+};
+
 AttendKernels find_attend(const PageLayout& layout) {
-  std::span<const DecodeInstance> table = layout.value_bits == 4 ? decode_k3v4() : decode_k3v3();
-  if (layout.key_bits == 8) table = decode_k8v4();
-  if (layout.key_bits == 4) table = decode_k4v4();
-  return {find_decode(table, layout), find_prefill(prefill_instances(), layout)};
+  AttendKernels found = {{nullptr, nullptr}, find_prefill(prefill_instances(), layout)};
+  for (const DecodeTable& table : kDecodeTables) {
+    if (table.format == gpu::traits_of(layout)) found.decode = find_decode(table.instances(), layout);
+  }
+  return found;
 }
 
 KernelStatus check_served(const DeviceState& state, const Format& format, const PageLayout& layout,
@@ -35,8 +47,7 @@ KernelStatus check_served(const DeviceState& state, const Format& format, const 
   KernelStatus status = {kUnimplemented, ""};
   if (format.test_only) {
     std::snprintf(status.message, sizeof(status.message),
-                  "format_id is %s, which is for tests on the CPU; the CUDA kernels serve the turboquant_* presets",
-                  format.name);
+                  "format_id is %s, which is for tests on the CPU; the CUDA kernels serve all others", format.name);
     return status;
   }
   if (kernels.prefill == nullptr || kernels.decode.wide == nullptr) {
@@ -80,7 +91,8 @@ KernelStatus launch_decode(DeviceState* state, const AttendParams& p, const Deco
   auto* workspace = static_cast<uint8_t*>(p.workspace);
   DecodeParams d = {};
   d.attend = p;
-  d.book = make_device_book(p.cache.codebook);
+  d.key_book = make_key_book(p.cache);
+  d.value_book = make_value_book(p.cache);
   d.group = make_divisor(group_of(p.cache.layout, p.num_heads));
   d.kv_heads = make_divisor(p.cache.layout.num_kv_heads);
   d.block_size = make_divisor(p.cache.layout.block_size);
@@ -104,7 +116,8 @@ KernelStatus launch_decode(DeviceState* state, const AttendParams& p, const Deco
 KernelStatus launch_prefill(DeviceState* state, const AttendParams& p, const PrefillInstance& i, int min_query_len) {
   PrefillParams f = {};
   f.attend = p;
-  f.book = make_device_book(p.cache.codebook);
+  f.key_book = make_key_book(p.cache);
+  f.value_book = make_value_book(p.cache);
   f.min_query_len = min_query_len;
   const int element = element_bytes(p.dtype);
   f.vector_query = element == 2 && aligned(p.query, p.query_token_stride, p.query_head_stride, 16, element);
@@ -157,7 +170,8 @@ KernelStatus store_kv(DeviceState* state, const StoreParams& p) {
   const RowInstance* i = find_rows(store_instances(), p.cache.layout);
   StoreArgs a = {};
   a.store = p;
-  a.book = make_device_book(p.cache.codebook);
+  a.key_book = make_key_book(p.cache);
+  a.value_book = make_value_book(p.cache);
   const int element = element_bytes(p.dtype);
   a.vector_key = element == 2 && aligned(p.key, p.key_token_stride, p.key_head_stride, 16, element);
   a.vector_value = element == 2 && aligned(p.value, p.value_token_stride, p.value_head_stride, 16, element);
@@ -170,7 +184,8 @@ KernelStatus dequant_kv(DeviceState* state, const DequantParams& p) {
   const RowInstance* i = find_rows(dequant_instances(), p.cache.layout);
   DequantArgs a = {};
   a.dequant = p;
-  a.book = make_device_book(p.cache.codebook);
+  a.key_book = make_key_book(p.cache);
+  a.value_book = make_value_book(p.cache);
   // Rows are multiples of 16 elements, so only the buffers may be out of line.
   a.vector_out = (reinterpret_cast<uintptr_t>(p.key_out) | reinterpret_cast<uintptr_t>(p.value_out)) % 16 == 0;
   const int rows = 32 / i->lanes * row_unroll(i->lanes);

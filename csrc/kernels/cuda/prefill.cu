@@ -1,4 +1,4 @@
-// prefill.cu - the prefill kernels: four presets, four ranges of head dimensions.
+// prefill.cu - the prefill kernels: all formats, four ranges of head dimensions.
 #include "kernels/cuda/prefill.cuh"
 
 #include <array>
@@ -12,8 +12,7 @@ namespace {
 template <class C>
 PrefillInstance prefill_instance() {
   return {reinterpret_cast<const void*>(&prefill_kernel<C>),
-          C::F::kKeyBits,
-          C::F::kValueBits,
+          gpu::traits_of<typename C::F>(),
           C::kDim,
           C::kRows,
           C::kThreads,
@@ -31,9 +30,10 @@ std::array<PrefillInstance, 4> of_format() {
 
 std::span<const PrefillInstance> prefill_instances() {
   static const auto table = [] {
-    std::array<PrefillInstance, 16> all;
+    std::array<PrefillInstance, 28> all;
     size_t n = 0;
-    for (const auto& of : {of_format<K8V4>(), of_format<K4V4>(), of_format<K3V4>(), of_format<K3V3>()}) {
+    for (const auto& of : {of_format<K8V4>(), of_format<K4V4>(), of_format<K3V4>(), of_format<K3V3>(), of_format<Tq8>(),
+                           of_format<TqK5V4>(), of_format<Tq4>()}) {
       for (const PrefillInstance& i : of) all[n++] = i;
     }
     return all;

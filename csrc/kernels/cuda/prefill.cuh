@@ -17,7 +17,7 @@ namespace tq::cuda {
 
 struct PrefillParams {
   AttendParams attend;
-  DeviceBook book;
+  DeviceBook key_book, value_book;
   int min_query_len;  // shorter sequences are the decode kernel's
   bool vector_query;
 };
@@ -87,7 +87,7 @@ template <class C>
 TQ_DEVICE void load_prefill_query(const PrefillParams& p, const PrefillTile& tile, int head, int group, __half* query,
                                   float* unit) {
   constexpr int kLanes = C::kDim / 16;
-  constexpr bool kRotated = C::F::kKeyBits != 8;
+  constexpr bool kRotated = C::F::kRotatesKeys;
   const AttendParams& a = p.attend;
   const int lane = threadIdx.x % 32, part = lane % kLanes;
   const int dim = a.cache.layout.head_dim;
@@ -122,7 +122,7 @@ TQ_DEVICE void load_prefill_query(const PrefillParams& p, const PrefillTile& til
 #pragma unroll
     for (int i = 0; i < 8; ++i) to[i] = pack_half2(x[2 * i] * to_one, x[2 * i + 1] * to_one);
     if (part == 0) {
-      const float levels = kRotated ? p.book.unit * rsqrtf(static_cast<float>(dim)) : kFp8Scale;
+      const float levels = kRotated ? p.key_book.unit * rsqrtf(static_cast<float>(dim)) : kFp8Scale;
       unit[n] = finite ? a.scale * kLog2e * largest * levels : __int_as_float(0x7fc00000);
     }
   }
@@ -146,23 +146,28 @@ struct PrefillUnits {
       const int row = token % kAtomTokens;
       key[i].load(atom + layout.key_row_offset(row), unit, layout.head_dim);
       value[i].load(atom + layout.value_row_offset(row), unit, layout.head_dim_v);
-      norm[i] = C::F::kKeyBits == 8 ? 1.0f : load_half(atom + layout.key_norm_offset(row));
+      norm[i] = C::F::kRotatesKeys ? load_half(atom + layout.key_norm_offset(row)) : 1.0f;
       scale[i] = load_half(atom + layout.value_scale_offset(row));
-      zero[i] = load_half(atom + layout.value_zero_offset(row));
+      if constexpr (!C::F::kRotatesValues) zero[i] = load_half(atom + layout.value_zero_offset(row));
     }
   }
 
-  TQ_DEVICE void decode(const DeviceBook& book, __half* keys, __half* values, float* norms) const {
+  TQ_DEVICE void decode(const PrefillParams& p, __half* keys, __half* values, float* norms) const {
 #pragma unroll
     for (int i = 0; i < C::kUnitsPerThread; ++i) {
       const int index = threadIdx.x + i * C::kThreads;
       const int unit = index % C::kUnits, token = index / C::kUnits;
       uint32_t h[8];
-      key[i].key_halves(book, h);
+      key[i].template key_halves<typename C::F>(p.key_book, h);
       auto* to = reinterpret_cast<uint4*>(keys + token * C::kPitch + 16 * unit);
       to[0] = make_uint4(h[0], h[1], h[2], h[3]);
       to[1] = make_uint4(h[4], h[5], h[6], h[7]);
-      value[i].value_halves(scale[i], zero[i], h);
+      if constexpr (C::F::kRotatesValues) {
+        const float level = p.value_book.unit * rsqrtf(static_cast<float>(p.attend.cache.layout.head_dim_v));
+        value[i].template value_halves<typename C::F>(p.value_book, scale[i] * level, 0.0f, h);
+      } else {
+        value[i].template value_halves<typename C::F>(p.value_book, scale[i], zero[i], h);
+      }
       to = reinterpret_cast<uint4*>(values + token * C::kPitch + 16 * unit);
       to[0] = make_uint4(h[0], h[1], h[2], h[3]);
       to[1] = make_uint4(h[4], h[5], h[6], h[7]);
@@ -170,6 +175,69 @@ struct PrefillUnits {
     }
   }
 };
+
+// Rotates the outputs of all rows back, but for the factor rotation_norm(); by the whole CTA, whose shared memory is
+// free. A row's dimensions lie in the accumulators of four lanes, and of a warp for each part.
+template <class C>
+TQ_DEVICE void rotate_outputs(float (&out)[C::kPartDim / 8][4], int part, int dim, float* shared) {
+  constexpr int kTiles = C::kPartDim / 8;  // of 8 dimensions
+  const int t = threadIdx.x & 3;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const float x = out[i][j], y = out[i][j + 1];
+      out[i][j] = x + y, out[i][j + 1] = x - y;
+    }
+#pragma unroll
+    for (int o = 1; o < 4; o <<= 1) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float other = __shfl_xor_sync(kFullMask, out[i][j], o);
+        out[i][j] = (t & o) != 0 ? other - out[i][j] : out[i][j] + other;
+      }
+    }
+  }
+#pragma unroll
+  for (int o = 1; o < kTiles; o <<= 1) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if ((i & o) != 0 || !rotates_over(part * C::kPartDim + 8 * i, 8 * o, dim)) continue;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float x = out[i][j], y = out[i + o][j];
+        out[i][j] = x + y, out[i + o][j] = x - y;
+      }
+    }
+  }
+  if constexpr (C::kValueParts > 1) {
+    constexpr int kAtOnce = 8;  // tiles
+    static_assert(kTiles % kAtOnce == 0 && sizeof(float4) * kAtOnce * C::kThreads <= sizeof(PrefillShared<C>));
+    auto* exchange = reinterpret_cast<float4*>(shared);  // [tile][thread]
+#pragma unroll
+    for (int o = 1; o < C::kValueParts; o <<= 1) {  // the warp of part ^ o is o warps away
+      const bool takes = rotates_over(part * C::kPartDim, C::kPartDim * o, dim), upper = (part & o) != 0;
+#pragma unroll
+      for (int first = 0; first < kTiles; first += kAtOnce) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const float (&x)[4] = out[first + i];
+          exchange[i * C::kThreads + threadIdx.x] = make_float4(x[0], x[1], x[2], x[3]);
+        }
+        __syncthreads();
+        if (!takes) continue;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const float4 other = exchange[i * C::kThreads + (threadIdx.x ^ (32 * o))];
+          float (&x)[4] = out[first + i];
+          x[0] = upper ? other.x - x[0] : x[0] + other.x, x[1] = upper ? other.y - x[1] : x[1] + other.y;
+          x[2] = upper ? other.z - x[2] : x[2] + other.z, x[3] = upper ? other.w - x[3] : x[3] + other.w;
+        }
+      }
+    }
+  }
+}
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads) prefill_kernel(const __grid_constant__ PrefillParams p) {
@@ -218,7 +286,7 @@ __global__ void __launch_bounds__(C::kThreads) prefill_kernel(const __grid_const
   }
 
   for (int token0 = begin; token0 < end; token0 += C::kTokens) {
-    next.decode(p.book, keys, values, norms);
+    next.decode(p, keys, values, norms);
     __syncthreads();  // also: the query is there
     if (token0 + C::kTokens < end) next.load(a.cache, table, head, token0 + C::kTokens, tile.len);
 
@@ -301,6 +369,8 @@ __global__ void __launch_bounds__(C::kThreads) prefill_kernel(const __grid_const
     __syncthreads();
   }
 
+  const int dim_v = a.cache.layout.head_dim_v;
+  if constexpr (C::F::kRotatesValues) rotate_outputs<C>(out, part, dim_v, reinterpret_cast<float*>(smem));
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     sum[h] += __shfl_xor_sync(kFullMask, sum[h], 1);
@@ -314,10 +384,11 @@ __global__ void __launch_bounds__(C::kThreads) prefill_kernel(const __grid_const
 #pragma unroll
     for (int i = 0; i < C::kPartDim / 8; ++i) {
       const int d = part * C::kPartDim + 8 * i + 2 * t;
-      if (d >= a.cache.layout.head_dim_v) continue;
+      if (d >= dim_v) continue;
+      const float factor = C::F::kRotatesValues ? scale * rotation_norm(d, dim_v) : scale;
       const int64_t at = token * a.out_token_stride + query_head * a.out_head_stride + d;
-      store_element(a.dtype, a.out, at, out[i][2 * h] * scale);
-      store_element(a.dtype, a.out, at + 1, out[i][2 * h + 1] * scale);
+      store_element(a.dtype, a.out, at, out[i][2 * h] * factor);
+      store_element(a.dtype, a.out, at + 1, out[i][2 * h + 1] * factor);
     }
     if (a.lse != nullptr && part == 0 && t == 0) {
       a.lse[token * a.num_heads + query_head] = natural_lse(reference[h], sum[h], log2f(sum[h]));

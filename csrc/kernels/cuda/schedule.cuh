@@ -15,7 +15,7 @@ namespace tq::cuda {
 
 struct DecodeParams {
   AttendParams attend;
-  DeviceBook book;
+  DeviceBook key_book, value_book;
   Divisor group, kv_heads, block_size, grid, warps;  // group: query heads of a KV head
   Deal deal;
   uint32_t* counters;         // the workspace, as decode_memory.h divides it

@@ -1,9 +1,12 @@
-// value_tile.cuh - O^T += V^T P^T for 16 tokens (one atom): uniform value codes on the M side, weights on the N side.
+// value_tile.cuh - O^T += V^T P^T for 16 tokens (one atom): value codes on the M side, weights on the N side.
 //
 // A code c enters the matrix unit as the subnormal fp16 number c * 2^-24 or 16c * 2^-24, an AND away from its packed
 // bits, and its accumulator is scaled back at the end. (1024 + c, an OR away, would be as cheap, but its sums are so
 // much larger than what remains of them that the matrix unit's truncation shows: 30 % error over 1,000 flat tokens a
 // warp.) Scale and zero are factored into the weights.
+//
+// Codes of a codebook are looked up first, and their levels, with an offset that makes them positive, enter as such
+// subnormal numbers too: level + 64 is to them what a code is to uniform values, with a zero of -64 scales.
 #pragma once
 
 #include "kernels/cuda/arch/mma.cuh"
@@ -22,7 +25,10 @@ struct ValueTile {
   static constexpr bool kHalfUnits = F::kValueBits == 3 && kDim == 64;  // 3 bits: 8 lanes share 4 units
   static constexpr int kWordsPerLoad = kExact && kDim % 128 == 0 ? 2 : 1;
 
-  // Dimensions of rows r and r + 8 of tile i; the second one's accumulators count sixteenfold again.
+  // What the second one's accumulators count more than the first one's: uniform codes stay where they are in a byte.
+  static constexpr float kOddUnits = F::kRotatesValues ? 1.0f : 16.0f;
+
+  // Dimensions of rows r and r + 8 of tile i.
   TQ_DEVICE static int2 dims(int i, int r) {
     if constexpr (F::kValueBits == 4) {
       const int word = i >> 2;
@@ -52,6 +58,28 @@ struct ValueTile {
     }
   }
 
+  // Four tiles from the 8 nibbles of each of 4 tokens, in the order of the MMA's columns.
+  template <int NT>
+  TQ_DEVICE static void four_tiles_of_levels(const DeviceBook& book, float (&o)[NT][kTiles][4], int i,
+                                             const uint32_t (&u)[4], const uint32_t (&p)[NT][2]) {
+    uint32_t level[4][2];
+#pragma unroll
+    for (int token = 0; token < 4; ++token) {
+      levels_of_nibbles<F::kValueBits>(book, u[token], 0u, level[token][0], level[token][1]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int h = e / 2;
+      // Bytes 0 and 4 of two tokens as 16-bit numbers, or 1 and 5, 2 and 6, 3 and 7: the others are signs, which are 0.
+      const uint32_t even = e % 2 == 0 ? 0xC480 : 0xE6A2, odd = even + 0x1111;
+      const uint32_t a0 = byte_permute(level[0][h], level[1][h], even),
+                     a2 = byte_permute(level[2][h], level[3][h], even);
+      const uint32_t a1 = byte_permute(level[0][h], level[1][h], odd), a3 = byte_permute(level[2][h], level[3][h], odd);
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) mma_f16(o[nt][i + e], a0, a1, a2, a3, p[nt][0], p[nt][1]);
+    }
+  }
+
   // Tokens of MMA columns 2t, 2t + 1, 2t + 8, 2t + 9 are the token_row of those rows: rows 4t + {0, 3, 1, 2} or, for
   // odd t, 4t + {1, 2, 0, 3}. Where lane (r, t) begins to read: in the first of them, and in the third, rows 2 apart
   // from those of the others; and at its own words where they lie evenly.
@@ -62,8 +90,8 @@ struct ValueTile {
 
   // p[nt]: weights as B fragments. first, third: the values of an atom at this lane's offset().
   template <int NT>
-  TQ_DEVICE static void accumulate(const Shape& shape, const uint8_t* first, const uint8_t* third, int r,
-                                   const uint32_t (&p)[NT][2], float (&o)[NT][kTiles][4]) {
+  TQ_DEVICE static void accumulate(const Shape& shape, const DeviceBook& book, const uint8_t* first,
+                                   const uint8_t* third, int r, const uint32_t (&p)[NT][2], float (&o)[NT][kTiles][4]) {
     const int two_rows = 2 * shape.value_row_bytes();
     const uint8_t* row[4] = {first, third + two_rows, third, first + two_rows};
     if constexpr (F::kValueBits == 4) {
@@ -83,6 +111,10 @@ struct ValueTile {
 #pragma unroll
         for (int w = 0; w < kWordsPerLoad; ++w) {
           const int i = (j * kWordsPerLoad + w) * 4;
+          if constexpr (F::kRotatesValues) {
+            four_tiles_of_levels<NT>(book, o, i, {u[0][w], u[1][w], u[2][w], u[3][w]}, p);
+            continue;
+          }
           two_tiles<NT>(o, i, byte_permute(u[0][w], u[1][w], 0x5410), byte_permute(u[2][w], u[3][w], 0x5410), p);
           two_tiles<NT>(o, i + 2, byte_permute(u[0][w], u[1][w], 0x7632), byte_permute(u[2][w], u[3][w], 0x7632), p);
         }

@@ -2,23 +2,9 @@
 #pragma once
 
 #include "kernels/gpu/target.h"
-#include "layout/page_layout.h"
+#include "kernels/gpu/formats.h"
 
 namespace tq::gpu {
-
-// The four presets.
-struct K8V4 {
-  static constexpr int kKeyBits = 8, kValueBits = 4;
-};
-struct K4V4 {
-  static constexpr int kKeyBits = 4, kValueBits = 4;
-};
-struct K3V4 {
-  static constexpr int kKeyBits = 3, kValueBits = 4;
-};
-struct K3V3 {
-  static constexpr int kKeyBits = 3, kValueBits = 3;
-};
 
 // kExact: head_dim == head_dim_v == kDim, all offsets are constants. Otherwise both are at most kDim and known at run
 // time.
@@ -27,7 +13,8 @@ struct AtomShape;
 
 template <class F, int kDim>
 struct AtomShape<F, kDim, true> {
-  static constexpr PageLayout kLayout{F::kKeyBits, F::kValueBits, F::kKeyBits != 8, true, kDim, kDim, 1, 16};
+  static constexpr PageLayout kLayout{
+      F::kKeyBits, F::kValueBits, F::kRotatesKeys, true, !F::kRotatesValues, kDim, kDim, 1, 16};
   TQ_DEVICE explicit AtomShape(const PageLayout&) {}
   TQ_DEVICE static constexpr int head_dim() { return kDim; }
   TQ_DEVICE static constexpr int head_dim_v() { return kDim; }

@@ -120,7 +120,7 @@ struct Context {
 template <class C>
 TQ_DEVICE void load_columns(const AttendArgs& p, const ColumnTile& tile, int head, int group, AttendShared<C>& shared) {
   constexpr int kLanes = C::kDim / 16;
-  constexpr bool kRotated = C::F::kKeyBits != 8;
+  constexpr bool kRotated = C::F::kRotatesKeys;
   const AttendParams& a = p.attend;
   const int part = threadIdx.x % kLanes, dim = a.cache.layout.head_dim;
   const int block = hadamard_block_of(part, dim);
@@ -153,7 +153,7 @@ TQ_DEVICE void load_columns(const AttendArgs& p, const ColumnTile& tile, int hea
       shared.query[n][8 * part + i] = finite ? pack_half2(x[2 * i] * to_one, x[2 * i + 1] * to_one) : 0u;
     }
     if (part == 0) {
-      const float levels = kRotated ? p.book.unit * rsqrtf(static_cast<float>(dim)) : 1.0f;
+      const float levels = kRotated ? p.key_book.unit * rsqrtf(static_cast<float>(dim)) : 1.0f;
       shared.unit[n] = finite ? a.scale * kLog2e * largest * levels : __int_as_float(0x7fc00000);
     }
   }
@@ -177,8 +177,8 @@ TQ_DEVICE void score_tile(const AttendArgs& p, const AttendShared<C>& shared, co
     RawUnit<C::F::kKeyBits> raw;
     raw.load(atom + layout.key_row_offset(row), unit, layout.head_dim);
     uint32_t k[8], q[8];
-    raw.key_halves(p.book, k);
-    if constexpr (C::F::kKeyBits == 8) {  // to their own size: none may be below 2^-14 (kHeadroom)
+    raw.template key_halves<typename C::F>(p.key_book, k);
+    if constexpr (!C::F::kRotatesKeys) {  // to their own size: none may be below 2^-14 (kHeadroom)
 #pragma unroll
       for (int i = 0; i < 8; ++i) k[i] = multiply_half2(k[i], pair_of_half(kFp8Scale));
     }
@@ -204,8 +204,14 @@ TQ_DEVICE void load_values(const AttendArgs& p, const uint8_t* atom, int last, i
       const int t = min(2 * pair + i, last);
       RawUnit<C::F::kValueBits> raw;
       raw.load(atom + layout.value_row_offset(t), first_unit + unit, layout.head_dim_v);
-      raw.value_halves(load_half(atom + layout.value_scale_offset(t)), load_half(atom + layout.value_zero_offset(t)),
-                       h[i]);
+      const float scale = load_half(atom + layout.value_scale_offset(t));
+      if constexpr (C::F::kRotatesValues) {
+        const float level = p.value_book.unit * rsqrtf(static_cast<float>(layout.head_dim_v));
+        raw.template value_halves<typename C::F>(p.value_book, scale * level, 0.0f, h[i]);
+      } else {
+        raw.template value_halves<typename C::F>(p.value_book, scale, load_half(atom + layout.value_zero_offset(t)),
+                                                 h[i]);
+      }
     }
     uint32_t* to = value + 16 * unit * C::kValuePitch + pair;
 #pragma unroll
@@ -244,7 +250,8 @@ struct Normaliser {
   }
 };
 
-// Writes four finished outputs, and with the first of a column its LSE.
+// Writes four finished outputs, and with the first of a column its LSE. kRotated: they have just been rotated back.
+template <bool kRotated>
 TQ_DEVICE void write_outputs(const AttendArgs& p, const ColumnTile& tile, int head, int group, int column, int d,
                              float4 x, float top, float sum) {
   const AttendParams& a = p.attend;
@@ -252,10 +259,28 @@ TQ_DEVICE void write_outputs(const AttendArgs& p, const ColumnTile& tile, int he
   if (row >= tile.q_len * group || d >= a.cache.layout.head_dim_v) return;
   const int64_t token = tile.q_start + row / group;
   const int query_head = head * group + row % group;
-  const Normaliser n(a, query_head, top, sum);
+  Normaliser n(a, query_head, top, sum);
+  if constexpr (kRotated) n.factor *= rotation_norm(d, a.cache.layout.head_dim_v);
   store_4(a.dtype, a.out, token * a.out_token_stride + query_head * a.out_head_stride + d,
           make_float4(x.x * n.factor, x.y * n.factor, x.z * n.factor, x.w * n.factor), p.vector_out);
   if (d == 0 && a.lse != nullptr) a.lse[token * a.num_heads + query_head] = n.lse;
+}
+
+// Rotates the block's columns, a row of shared memory each, by all of its kThreads; unnormalised.
+template <int kThreads>
+TQ_DEVICE void rotate_columns(float* rows, int pitch, int dim) {
+  const int pairs = (dim / 2 + 15) / 16 * 16;  // of a row; the last may not exist
+  for (int stride = 1; 2 * stride <= dim; stride <<= 1) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kColumns * pairs; i += kThreads) {
+      const int c = i / pairs, k = i % pairs, d = 2 * (k & -stride) + (k & (stride - 1));
+      if (!rotates_over(d, stride, dim)) continue;
+      float &x = rows[c * pitch + d], &y = rows[c * pitch + d + stride];
+      const float sum = x + y, difference = x - y;
+      x = sum, y = difference;
+    }
+  }
+  __syncthreads();
 }
 
 // Grid: (tiles of columns, KV heads * parts, splits).
@@ -267,7 +292,7 @@ attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
   const int lane = threadIdx.x % C::kWave, warp = threadIdx.x / C::kWave;
   const int head = blockIdx.y / C::kParts, part = blockIdx.y % C::kParts;
   const int group = a.num_heads / a.cache.layout.num_kv_heads;
-  find_columns<C::kWave>(a, static_cast<int>(blockIdx.x), group, shared.tile);
+  find_columns<C::kWave>(a, p.first_tile + static_cast<int>(blockIdx.x), group, shared.tile);
   const ColumnTile tile = shared.tile;
   if (tile.seq < 0) return;
   const Context context(a, tile, group);
@@ -304,7 +329,7 @@ attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
     for (int i = 0; i < kResults; ++i) {
       const int r = result_row(lane, i), token = token0 + r;
       float x = s[i] * unit;
-      if constexpr (C::F::kKeyBits != 8) x *= load_half(atom + a.cache.layout.key_norm_offset(r));
+      if constexpr (C::F::kRotatesKeys) x *= load_half(atom + a.cache.layout.key_norm_offset(r));
       if (modified) x = modify_score(x, a.soft_cap, slope, token - position);
       if (token >= tile.len || !visible(position, token, a.causal, a.sliding_window, context.spans, a.max_spans))
         x = kMasked;
@@ -363,6 +388,10 @@ attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
   float* partial =
       p.partial + ((int64_t{blockIdx.x} * (a.cache.layout.num_kv_heads * C::kParts) + blockIdx.y) * p.splits + split) *
                       partial_floats(C::kPartDim);
+  const bool merges = C::F::kRotatesValues ? merges_rotated(p.splits, C::kParts) : p.splits > 1;
+  if (C::F::kRotatesValues && !merges) {
+    rotate_columns<C::kThreads>(&shared.out[0][0], C::kPartDim + 1, a.cache.layout.head_dim_v);
+  }
 #pragma unroll 1
   for (int i = threadIdx.x; i < kColumns * C::kPartDim / 4; i += C::kThreads) {
     const int c = i / (C::kPartDim / 4), d = 4 * (i % (C::kPartDim / 4));
@@ -373,8 +402,8 @@ attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
     for (int w = 0; w < kAttendWarps; ++w) total += shared.sum[w][c] * exp2_approx(shared.top[w][c] - reference);
     const float* o = &shared.out[c][d];
     const float4 x = make_float4(o[0], o[1], o[2], o[3]);
-    if (p.splits == 1) {
-      write_outputs(p, tile, head, group, c, part * C::kPartDim + d, x, reference, total);
+    if (!merges) {
+      write_outputs<C::F::kRotatesValues>(p, tile, head, group, c, part * C::kPartDim + d, x, reference, total);
     } else {
       *reinterpret_cast<float4*>(partial + c * C::kPartDim + d) = x;
       if (d == 0) {
@@ -385,34 +414,74 @@ attend_kernel(TQ_ARGUMENT(AttendArgs) p) {
   }
 }
 
-// Joins the partial results of a sequence's splits. Grid: (tiles of columns, KV heads * parts).
-template <int kWave>
-TQ_KERNEL(kMergeThreads)
-merge_kernel(TQ_ARGUMENT(MergeArgs) p) {
-  TQ_SHARED(ColumnTile, shared);
-  const AttendParams& a = p.attend.attend;
-  const int group = a.num_heads / a.cache.layout.num_kv_heads;
-  find_columns<kWave>(a, static_cast<int>(blockIdx.x), group, shared);
-  const ColumnTile tile = shared;
-  if (tile.seq < 0) return;
-  const int used = Context(a, tile, group).used_splits(p.attend.splits);
-  const int head = blockIdx.y / p.parts, part = blockIdx.y % p.parts, floats = partial_floats(p.part_dim);
-  const float* partial =
-      p.attend.partial +
-      (int64_t{blockIdx.x} * (a.cache.layout.num_kv_heads * p.parts) + blockIdx.y) * p.attend.splits * floats;
-  for (int i = threadIdx.x; i < kColumns * p.part_dim / 4; i += kMergeThreads) {
-    const int c = i / (p.part_dim / 4), d = 4 * (i % (p.part_dim / 4));
-    const float* tops = partial + kColumns * p.part_dim + c;
-    float top = kLowest, sum = 0.0f;
+// Four unnormalised outputs of column c from dimension d of a part, joined from its splits, with their softmax.
+struct Joined {
+  float4 x;
+  float top, sum;
+
+  TQ_DEVICE Joined(const float* partial, int used, int part_dim, int c, int d) {
+    const int floats = partial_floats(part_dim);
+    const float* tops = partial + kColumns * part_dim + c;
+    top = kLowest, sum = 0.0f;
     for (int s = 0; s < used; ++s) top = fmaxf(top, tops[int64_t{s} * floats]);
-    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int s = 0; s < used; ++s) {
       const float f = exp2_approx(tops[int64_t{s} * floats] - top);
-      const float4 o = *reinterpret_cast<const float4*>(partial + int64_t{s} * floats + c * p.part_dim + d);
+      const float4 o = *reinterpret_cast<const float4*>(partial + int64_t{s} * floats + c * part_dim + d);
       x.x = fmaf(o.x, f, x.x), x.y = fmaf(o.y, f, x.y), x.z = fmaf(o.z, f, x.z), x.w = fmaf(o.w, f, x.w);
       sum = fmaf(tops[int64_t{s} * floats + kColumns], f, sum);
     }
-    write_outputs(p.attend, tile, head, group, c, part * p.part_dim + d, x, top, sum);
+  }
+};
+
+template <bool kRotated>
+struct MergeShared {
+  ColumnTile tile;
+};
+template <>
+struct MergeShared<true> {
+  ColumnTile tile;
+  float out[kColumns][kMaxHeadDim + 1], top[kColumns], sum[kColumns];
+};
+
+// Joins the partial results of a sequence's splits. Grid: (tiles of columns, KV heads * parts); where values are
+// rotated (tiles of columns, KV heads), as a rotation goes over all parts.
+template <int kWave, bool kRotated>
+TQ_KERNEL(kMergeThreads)
+merge_kernel(TQ_ARGUMENT(MergeArgs) p) {
+  TQ_SHARED(MergeShared<kRotated>, shared);
+  const AttendParams& a = p.attend.attend;
+  const int group = a.num_heads / a.cache.layout.num_kv_heads;
+  find_columns<kWave>(a, p.attend.first_tile + static_cast<int>(blockIdx.x), group, shared.tile);
+  const ColumnTile tile = shared.tile;
+  if (tile.seq < 0) return;
+  const int used = Context(a, tile, group).used_splits(p.attend.splits);
+  const int parts = kRotated ? p.parts : 1;  // of this block
+  const int head = blockIdx.y / (p.parts / parts), part = blockIdx.y % (p.parts / parts);
+  const int64_t floats = int64_t{p.attend.splits} * partial_floats(p.part_dim);
+  const float* partial =
+      p.attend.partial +
+      (int64_t{blockIdx.x} * (a.cache.layout.num_kv_heads * p.parts) + head * p.parts + part) * floats;
+  const int dim = parts * p.part_dim;
+  for (int i = threadIdx.x; i < kColumns * dim / 4; i += kMergeThreads) {
+    const int c = i / (dim / 4), d = 4 * (i % (dim / 4)), own = d / p.part_dim;
+    const Joined j(partial + own * floats, used, p.part_dim, c, d % p.part_dim);
+    if constexpr (kRotated) {
+      float* out = &shared.out[c][d];
+      out[0] = j.x.x, out[1] = j.x.y, out[2] = j.x.z, out[3] = j.x.w;
+      if (d == 0) shared.top[c] = j.top, shared.sum[c] = j.sum;
+    } else {
+      write_outputs<false>(p.attend, tile, head, group, c, part * p.part_dim + d, j.x, j.top, j.sum);
+    }
+  }
+  if constexpr (kRotated) {
+    rotate_columns<kMergeThreads>(&shared.out[0][0], kMaxHeadDim + 1, a.cache.layout.head_dim_v);
+    for (int i = threadIdx.x; i < kColumns * dim / 4; i += kMergeThreads) {
+      const int c = i / (dim / 4), d = 4 * (i % (dim / 4));
+      const float* out = &shared.out[c][d];
+      write_outputs<true>(p.attend, tile, head, group, c, d, make_float4(out[0], out[1], out[2], out[3]), shared.top[c],
+                          shared.sum[c]);
+    }
   }
 }
 

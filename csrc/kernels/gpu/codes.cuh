@@ -1,6 +1,7 @@
 // codes.cuh - from packed codes to numbers, 8 or 16 at a time. A "unit" is 16 consecutive dimensions of a row.
 //
-//   4 bits  two words; nibble i of word w is dimension 8w + i.
+//   4 bits  two words; nibble i of word w is dimension 8w + i. 5 bits: the same, and a word of the second plane has bit
+//           4 of that code at bit 4i + w (of the first unit of two; 2 higher of the second).
 //   3 bits  after unpacking the planes two words too, but nibble i of word g is dimension 2i + g (page_layout.h).
 #pragma once
 
@@ -10,10 +11,18 @@
 
 namespace tq::gpu {
 
-// Eight nibbles to eight offset levels, nibbles 0-3 in lo, 4-7 in hi. 3-bit codes leave a nibble's top bit clear.
+// Eight codes to eight offset levels, nibbles 0-3 in lo, 4-7 in hi. 3-bit codes leave a nibble's top bit clear; of
+// 5-bit ones bit 4i of high is bit 4 of the code whose other bits are nibble i.
 template <int kBits>
-TQ_DEVICE void levels_of_nibbles(const DeviceBook& book, uint32_t w, uint32_t& lo, uint32_t& hi) {
-  lookup_nibbles<kBits>(book.bytes, w, lo, hi);
+TQ_DEVICE void levels_of_nibbles(const DeviceBook& book, uint32_t w, uint32_t high, uint32_t& lo, uint32_t& hi) {
+  if constexpr (kBits != 5) return lookup_nibbles<kBits>(book.bytes, w, lo, hi);
+  uint32_t l[2], u[2];
+  lookup_nibbles<4>(book.bytes, w, l[0], l[1]);
+  lookup_nibbles<4>(book.upper, w, u[0], u[1]);
+  const uint32_t even = (high & 0x01010101u) * 255u, odd = ((high >> 4) & 0x01010101u) * 255u;
+  const uint32_t first = byte_permute(even, odd, 0x5140), second = byte_permute(even, odd, 0x7362);
+  lo = (l[0] & ~first) | (u[0] & first);
+  hi = (l[1] & ~second) | (u[1] & second);
 }
 
 // 3 bits: 16 codes of the low plane and the unit's high bits, high = bit 4i + g, to nibbles of even and odd dimensions.
@@ -36,7 +45,7 @@ TQ_DEVICE void load_unit(const uint8_t* row, int unit, int dim, uint32_t& w0, ui
     w0 = p[0];
     w1 = p[1];
   } else {
-    const uint8_t* plane = row + high_word_offset(dim, unit);
+    const uint8_t* plane = row + high_word_offset(kBits, dim, unit);
     uint32_t low, high;
     if constexpr (kAligned) {
       low = *reinterpret_cast<const uint32_t*>(row + 4 * unit);
@@ -56,7 +65,7 @@ TQ_DEVICE void load_unit(const uint8_t* row, int unit, int dim, uint32_t& w0, ui
 // Dimension within its unit of nibble i of word w.
 template <int kBits>
 TQ_DEVICE constexpr int nibble_dim(int w, int i) {
-  return kBits == 4 ? 8 * w + i : 2 * i + w;
+  return kBits == 3 ? 2 * i + w : 8 * w + i;
 }
 
 // Two e4m3 bytes, each in the upper half of a 16-bit lane, to two fp16 numbers of 1/256 their value: exponent and

@@ -96,19 +96,19 @@ dequant_kernel(TQ_ARGUMENT(DequantArgs) p) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       unit[u].load(atom[u] + layout.key_row_offset(t[u]), part, layout.head_dim);
-      if constexpr (F::kKeyBits != 8) {
+      if constexpr (F::kRotatesKeys) {
         norm[u] = *reinterpret_cast<const Half*>(atom[u] + layout.key_norm_offset(t[u]));
       }
     }
     const bool holds = 16 * part < layout.head_dim;
     const int block = hadamard_block_of(part, layout.head_dim);
-    const float level = p.book.unit * rsqrtf(static_cast<float>(layout.head_dim));
+    const float level = p.key_book.unit * rsqrtf(static_cast<float>(layout.head_dim));
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float x[16];
-      unit[u].key_floats(p.book, x);
+      unit[u].template key_floats<F>(p.key_book, x);
       float factor = kFp8Scale;
-      if constexpr (F::kKeyBits != 8) {
+      if constexpr (F::kRotatesKeys) {
         factor = half_value(norm[u]) * level;
         if (!d.keep_rotated) {
 #pragma unroll
@@ -126,20 +126,32 @@ dequant_kernel(TQ_ARGUMENT(DequantArgs) p) {
   }
   if (d.value_out != nullptr) {
     RawUnit<F::kValueBits> unit[kUnroll];
-    Half scale[kUnroll], zero[kUnroll];
+    Half scale[kUnroll];
+    [[maybe_unused]] Half zero[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       unit[u].load(atom[u] + layout.value_row_offset(t[u]), part, layout.head_dim_v);
       scale[u] = *reinterpret_cast<const Half*>(atom[u] + layout.value_scale_offset(t[u]));
-      zero[u] = *reinterpret_cast<const Half*>(atom[u] + layout.value_zero_offset(t[u]));
+      if constexpr (!F::kRotatesValues) {
+        zero[u] = *reinterpret_cast<const Half*>(atom[u] + layout.value_zero_offset(t[u]));
+      }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float x[16];
-      unit[u].value_floats(half_value(scale[u]), half_value(zero[u]), x);
-      if (d.dtype == Dtype::kF16) {  // scale and zero are fp16, but their sum may round up past its range
+      if constexpr (F::kRotatesValues) {
+        const bool holds = 16 * part < layout.head_dim_v;
+        const int block = hadamard_block_of(part, layout.head_dim_v);
+        const float level = p.value_book.unit * rsqrtf(static_cast<float>(layout.head_dim_v));
+        const float factor = half_value(scale[u]) * level * rsqrtf(static_cast<float>(block));
+        unit[u].template value_floats<F>(p.value_book, holds ? factor : 0.0f, 0.0f, x);
+        hadamard_lanes<kLanes>(x, part, block);
+      } else {
+        unit[u].template value_floats<F>(p.value_book, half_value(scale[u]), half_value(zero[u]), x);
+      }
+      if (d.dtype == Dtype::kF16) {  // of what is in range as it is stored, a sum may round up past it
 #pragma unroll
-        for (int i = 0; i < 16; ++i) x[i] = fminf(x[i], 65504.0f);
+        for (int i = 0; i < 16; ++i) x[i] = fminf(fmaxf(x[i], -65504.0f), 65504.0f);
       }
       const int64_t row = group * kRows + u * kVectors + lane / kLanes;
       store_row<kLanes>(d.dtype, d.value_out, (row * layout.num_kv_heads + head) * layout.head_dim_v, part,

@@ -27,6 +27,13 @@ TQ_DEVICE int hadamard_block_of(int lane, int dim) {
   return 16;
 }
 
+// Where a vector lies otherwise: whether dimension d exchanges with d ^ stride, which it does in the blocks that are
+// larger than stride and come first; and what makes the rotation of d < dim orthonormal.
+TQ_DEVICE bool rotates_over(int d, int stride, int dim) { return d < (dim & -2 * stride); }
+TQ_DEVICE float rotation_norm(int d, int dim) {
+  return rsqrtf(static_cast<float>(1 << (31 - __clz(dim ^ d))));  // the first binary digit of dim that d has not
+}
+
 // x <- H x, unnormalised, in blocks. All lanes of the warp take part.
 template <int kLanes>
 TQ_DEVICE void hadamard_lanes(float (&x)[16], int lane, int block) {
