@@ -12,6 +12,7 @@ from typing import Any
 
 from tq_backend._library import native
 from tq_backend.model_text import DTYPE_BYTES, MOST_HEADS, MOST_TOKENS, number, shown, text_config
+from tq_backend.names import is_ours
 
 BOUNDARY_LAYERS = 2  # of a dense model, at each end: TurboQuantConfig.get_boundary_skip_layers
 # Every so many layers one has full attention, the last of them; for files without layer_types.
@@ -305,11 +306,11 @@ def cache_layers(config: Mapping[str, Any], tp: int = 1) -> list[CacheLayer]:
     return layers
 
 
-def skip_layers(config: Mapping[str, Any], named: list[int] | None = None) -> list[int]:
-    """The layers that keep the native cache: those named, or vLLM's choice (the first and last two, none in a model with
-    states), and every layer that shares a cache with one of them."""
+def skip_layers(config: Mapping[str, Any], format_name: str, named: list[int] | None = None) -> list[int]:
+    """The layers that keep the native cache: those named, or vLLM's choice for its presets (the first and last two, none in a model
+    with states), and every layer that shares a cache with one of them."""
     hybrid = any(layer.state_bytes for layer in cache_layers(config))
-    boundary = 0 if named is not None or hybrid else BOUNDARY_LAYERS
+    boundary = 0 if named is not None or hybrid or not is_ours(format_name) else BOUNDARY_LAYERS
     return native().align_skip_layers(kv_sharing_targets(config), named or [], boundary)
 
 

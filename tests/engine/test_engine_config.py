@@ -20,7 +20,7 @@ import torch
 from engines import MODEL
 from tq_backend.names import BACKEND_PATH
 from tq_backend.register import register
-from tq_backend.vllm_adapter import conflicts, engine_config, patches, serving, skip_layers, tolerance
+from tq_backend.vllm_adapter import conflicts, engine_config, formats, patches, serving, skip_layers, tolerance
 from tq_backend.vllm_adapter.backend import TurboQuantBackend
 from tq_backend.vllm_adapter.impl import TurboQuantImpl
 from tq_backend.vllm_adapter.kv_sharing import aligned_skip_layers
@@ -53,6 +53,31 @@ def test_an_explicit_flag_is_a_choice_per_layer_and_forces_no_flash_attention():
     assert config.attention_config.flash_attn_version is None
     assert config.cache_config.kv_cache_dtype_skip_layers == ["0", "1", "4", "5"]
     assert made(attention_config={"flash_attn_version": 2}).attention_config.flash_attn_version == 2
+
+
+def test_a_chosen_format_needs_no_native_layers():
+    """vLLM's default list protects its presets; the user's own list stays, and so does the list for a preset that is chosen."""
+    with_format = {"turboquant": {"format": "tq_8"}}
+    assert made(additional_config=with_format).cache_config.kv_cache_dtype_skip_layers == []
+    assert formats.page_format(DTYPE) == "tq_8"
+    own = made(additional_config=with_format, kv_cache_dtype_skip_layers=["3"])
+    assert own.cache_config.kv_cache_dtype_skip_layers == ["3"]
+    preset = made(additional_config={"turboquant": {"format": "turboquant_k8v4"}})
+    assert preset.cache_config.kv_cache_dtype_skip_layers == ["0", "1", "4", "5"]
+    assert formats.page_format(DTYPE) == "turboquant_k8v4"
+    made()
+    assert formats.page_format(DTYPE) == DTYPE
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("tq_9", "did you mean 'tq_8'"), ("raw_f32", "must be one of"), (8, "must be one of")]
+)
+def test_a_format_that_does_not_exist_is_refused(name, hint):
+    with pytest.raises(
+        ValueError, match=rf"\['format'\] is {name!r}; it must be one of turboquant_k8v4, .*"
+    ) as refused:
+        made(additional_config={"turboquant": {"format": name}})
+    assert hint in str(refused.value)
 
 
 def test_skip_layers_replace_vllms_choice():

@@ -19,8 +19,9 @@ import pytest
 import tq_backend
 import vllm
 from engines import MODEL, ROOT
+from tq_backend import key_bias
 from tq_backend import register as entry_points
-from tq_backend.vllm_adapter import interface, page_plan, patches, prefill, serving
+from tq_backend.vllm_adapter import accuracy, interface, page_plan, patches, prefill, serving
 from tq_backend.vllm_adapter.backend import TurboQuantBackend
 from tq_backend.vllm_adapter.impl import TurboQuantImpl
 from tq_backend.vllm_adapter.interface import NEEDS, Kind, Need, Without
@@ -210,6 +211,35 @@ def test_page_sizes_are_left_to_vllm(asking, need, name):
         assert page_plan.grouped(lambda _config, specs: specs, asking, given) is given
     left = [line for line in said if line.startswith("leaves the page sizes to vLLM: ")]
     assert len(left) == 1 and name in left[0], said
+
+
+@pytest.mark.parametrize(("need", "name"), cases(Without.NOTICE))
+def test_a_model_is_not_named(asking, monkeypatch, need, name):
+    given = {"model.layers.0.self_attn.attn": specs()["full"]}
+    monkeypatch.setattr(key_bias, "read", lambda _folder, _heads: [key_bias.KeyBias(0, 900.0, 800.0)])
+    monkeypatch.setattr(asking.model_config, "model", "of/a-hub")  # so that all is read
+    assert "key bias 900 in layer 0" in accuracy.line(asking, given)
+    with pytest.MonkeyPatch.context() as patch:
+        take_away(patch, need, name)
+        for holder in (asking, asking.load_config, asking.model_config):
+            patch.setattr(holder, "__dict__", {k: x for k, x in holder.__dict__.items() if k != name})
+        assert accuracy.line(asking, given) == ""
+
+
+@pytest.mark.parametrize(("need", "name"), cases(Without.OFFSET))
+def test_no_offset_is_taken_from_keys(monkeypatch, need, name):
+    wrapped, said = [], []
+    monkeypatch.setattr(patches, "wrap", lambda _owner, name, _around: wrapped.append(name))
+    monkeypatch.setattr(patches.logger, "warning", lambda text, *args: said.append(text % args))
+    apply = patches.apply_to_loading.__wrapped__  # which is done once in a process
+    apply(TurboQuantImpl)
+    assert wrapped == ["process_weights_after_loading"] * 2 + ["finalize_layerwise_processing"] and said == []
+    wrapped.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        take_away(patch, need, name)
+        apply(TurboQuantImpl)
+    assert wrapped == [] and len(said) == 1
+    assert re.search(rf"^tq-backend takes no offsets from keys: this vLLM's .*\b{name}\b.*, needed to ", said[0]), said
 
 
 @pytest.mark.parametrize(("need", "name"), cases(Without.PLATFORM))

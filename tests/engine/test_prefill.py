@@ -17,8 +17,9 @@ import torch
 from engines import ROOT
 from tq_backend._library import native, torch_ops
 from tq_backend.vllm_adapter import prefill
-from tq_backend.vllm_adapter.formats import CACHE_DTYPES, format_id, rotates_keys
+from tq_backend.vllm_adapter.formats import format_id, rotates_keys
 from tq_backend.vllm_adapter.metadata import MAX_DECODE_QUERY_LEN
+from tq_backend.vllm_adapter.options import format_names
 from tq_backend.vllm_adapter.prefill import CAPABILITIES, PrefillRoute
 from tq_backend.vllm_adapter.prefill_plan import (
     DECODED_BYTES,
@@ -120,7 +121,7 @@ def random_lens(draw: random.Random) -> list[tuple[int, int]]:
     return [*sizes[: draw.randint(1, 6)], (draw.choice([0, 33]), 5)]
 
 
-@pytest.mark.parametrize("kv_format", CACHE_DTYPES)
+@pytest.mark.parametrize("kv_format", format_names())
 def test_equals_attention_over_decoded_prefix_and_raw_chunk(kv_format):
     """Pieces from smaller than a chunk to larger than everything, slices from a few queries to all: the same result."""
     draw = random.Random(f"{SEED} {kv_format}")

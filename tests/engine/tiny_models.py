@@ -67,6 +67,25 @@ NOT_COMPRESSED = {
     # vLLM skips the first and last two layers.
     "llama_4_layers": ("LlamaConfig", BASE | {"num_hidden_layers": 4}),
 }
+# With a bias in the keys: of the last head, by layer, and a small one everywhere else.
+KEY_BIAS = {0: 300.0, 3: 100.0, 5: 60.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 256}
+WIDE = BASE | {"hidden_size": 128}  # vLLM takes a head_dim from it for some
+BIASED = {
+    "qwen2": ("Qwen2Config", WIDE),
+    "qwen2_yarn": ("Qwen2Config", WIDE | {"rope_parameters": YARN}),
+    # Half of a key turns, in interleaved pairs.
+    "glm4": ("Glm4Config", BASE | {"attention_bias": True, "partial_rotary_factor": 0.5, "pad_token_id": None}),
+    # A quarter of a key turns.
+    "stablelm": ("StableLmConfig", WIDE | {"use_qkv_bias": True, "partial_rotary_factor": 0.25}),
+    # No key turns; one projection is stored for queries, keys and values.
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 6, "n_head": 2, "n_positions": 1024, "initializer_range": 0.2},
+    ),
+    # Keys are normalized after the bias was added.
+    "qwen3_bias": ("Qwen3Config", BASE | {"attention_bias": True}),
+}  # fmt: skip
 # Without keys and values to compress: as far as their configuration goes.
 ENCODERS = {"bert": ("BertConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 2})}
 ARCHITECTURES = {
@@ -131,9 +150,18 @@ ARCHITECTURES = {
 }
 
 
+def key_bias(layer: int, size: int) -> torch.Tensor:
+    """Mostly in the slowest rotary pairs, as Qwen2.5 has it."""
+    heads, dim = BASE["num_key_value_heads"], size // BASE["num_key_value_heads"]
+    bias = torch.randn(heads, dim, generator=torch.Generator().manual_seed(SEED + layer))
+    bias *= torch.linspace(0.0, 1.0, dim // 2).repeat(2) ** 8
+    norms = torch.tensor([*[2.0] * (heads - 1), KEY_BIAS.get(layer, 4.0)])
+    return (bias * (norms / bias.norm(dim=-1))[:, None]).flatten()
+
+
 def make(name: str, folder: Path) -> Path:
     """Writes the checkpoint to folder / name; the weights are the same each time."""
-    config_class, arguments = (ARCHITECTURES | WINDOWED | NOT_COMPRESSED)[name]
+    config_class, arguments = (ARCHITECTURES | WINDOWED | NOT_COMPRESSED | BIASED)[name]
     torch.manual_seed(SEED)
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, config_class)(**arguments), dtype=torch.float32
@@ -142,6 +170,9 @@ def make(name: str, folder: Path) -> Path:
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("sinks"):  # zeros would be no sinks
                 parameter.copy_(torch.linspace(-1.0, 2.0, parameter.numel()))
+            if name in BIASED and parameter_name.endswith(("k_proj.bias", "c_attn.bias")):
+                keys = parameter.chunk(3)[1] if "c_attn" in parameter_name else parameter
+                keys.copy_(key_bias(int(parameter_name.split(".")[2]), keys.numel()))
     model.save_pretrained(folder / name)
     return folder / name
 

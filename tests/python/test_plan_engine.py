@@ -99,7 +99,7 @@ def test_block_sizes_have_a_bounded_common_multiple():
 
 def test_gemma_4_e4b_skips_in_pairs():
     config = MODELS["Gemma 4 E4B"]["config"]
-    skipped = model_layers.skip_layers(config)
+    skipped = model_layers.skip_layers(config, "turboquant_4bit_nc")
     assert skipped == [0, 1, 22, 23, *range(24, 42)]
     wide = [layer.number for layer in model_layers.cache_layers(config) if layer.head_dim == 512]
     assert [number for number in wide if number not in skipped] == [5, 11, 17]

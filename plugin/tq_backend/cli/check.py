@@ -9,10 +9,11 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib import metadata
 
 from tq_backend import __version__
-from tq_backend._library import PACKAGE_DIR
+from tq_backend._library import PACKAGE_DIR, native
 from tq_backend.vllm_adapter import conflicts
 
 
@@ -62,6 +63,39 @@ def vllm_report() -> tuple[dict[str, str], str | None]:
         return found, problem
     except Exception as error:  # this command's job is to say what is wrong
         return {}, f"vLLM cannot be used: {type(error).__name__}: {error}"
+
+
+def model_report(name: str) -> dict:
+    """What its key biases mean to each preset, with vLLM's own choice of native layers. Raises ValueError if there is no such model, or none
+    whose configuration can be read."""
+    from tq_backend import key_bias, model_layers
+    from tq_backend.cli.read_config import config_file, read_config
+    from tq_backend.model_text import text_config
+
+    folder = config_file(name, "--model").parent
+    config = read_config(name)
+    heads = key_bias.heads_of(text_config(config))
+    try:
+        biases = key_bias.read(folder, heads)
+        presets = {row["name"]: model_layers.skip_layers(config, row["name"]) for row in native().formats()}
+    except (ImportError, ValueError) as error:
+        return {"name": name, "unknown": str(error)}
+    return {
+        "name": name,
+        "key_biases": [asdict(bias) for bias in sorted(biases, key=lambda bias: -bias.norm)],
+        "losses": list(filter(None, (key_bias.sentence(name, biases, skip) for name, skip in presets.items()))),
+    }
+
+
+def model_sentences(model: dict) -> list[str]:
+    if "unknown" in model:
+        return [f"Whether a format loses accuracy on {model['name']} is not known: {model['unknown']}."]
+    if not model["key_biases"]:
+        return [f"The keys of {model['name']} have no bias."]
+    top = model["key_biases"][0]
+    said = [f"The largest key bias of {model['name']} is {top['norm']:.0f}, in layer {top['layer']}."]
+    said += [f"{words}." for words in model["losses"]]
+    return said if model["losses"] else [*said, "No format is known to lose accuracy by it."]
 
 
 def gather() -> dict:
@@ -119,6 +153,8 @@ def sentences(report: dict) -> list[str]:
         out.append(f"TurboQuant would not run: {report['problem']}.")
     elif report["works"]:
         out.append("Chosen: --attention-backend TURBOQUANT with a turboquant_* cache runs tq-backend's kernels.")
+    if "model" in report:
+        out += model_sentences(report["model"])
     return out
 
 
@@ -134,11 +170,22 @@ def main(argv: list[str] | None = None) -> int:
         metavar="KIND",
         help="numerical checks of every kernel on this machine's device, in under a minute; KIND: cpu, cuda or hip",
     )
+    parser.add_argument(
+        "--model",
+        help="a model's folder, or its Hugging Face name if it is in the local cache: say which formats are known to lose accuracy on it",
+    )
     args = parser.parse_args(argv)
     if args.self_test is not None:
         flag = f"--self-test={args.self_test}" if args.self_test else "--self-test"
         return subprocess.run([PACKAGE_DIR / "tq-check-abi", flag], check=False).returncode
-    report = gather()
+    report = {}
+    if args.model is not None:
+        try:
+            report["model"] = model_report(args.model)
+        except ValueError as error:
+            print(f"tq-check: {error}")
+            return 2
+    report = gather() | report
     print(json.dumps(report, indent=1) if args.json else "\n".join(sentences(report)))
     return 0 if report["works"] else 1
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-from tq_backend import model_layers
+from tq_backend import key_bias, model_layers
 from tq_backend._library import native
 from tq_backend.cli.arguments import parse_positive
-from tq_backend.cli.read_config import read_config
+from tq_backend.cli.read_config import config_file, read_config
 from tq_backend.model_text import DTYPE_BYTES, FilledIn, language_part, shown, text_config
 from tq_backend.plan_text import describe, lines, waste_percent
 
@@ -80,7 +80,7 @@ def plan(
     with a window's layers counted as if they kept every token) and, in `layers`, each layer's number and what it is."""
     text = text_config(config)
     layers = model_layers.cache_layers(config, tp)
-    skipped = model_layers.skip_layers(config, skip) if format_name not in NATIVE_FORMATS else []
+    skipped = model_layers.skip_layers(config, format_name, skip) if format_name not in NATIVE_FORMATS else []
     element = 1 if format_name == "fp8" else DTYPE_BYTES[text["dtype"]]
     # A skipped layer keeps the model's dtype. fp8 and auto have no skipped layers.
     given = model_layers.plan_layers(layers, None if format_name in NATIVE_FORMATS else format_name, element, skipped)
@@ -115,6 +115,17 @@ def none_skipped(default: dict, none: dict) -> list[str]:
     ]
 
 
+def known_losses(config_name: str, config: Mapping[str, Any], plans: Mapping[str, dict]) -> dict[str, str]:
+    """Of each plan whose format is known to lose accuracy on the model, the sentence; none where its weights are not beside the
+    configuration."""
+    try:
+        biases = key_bias.read(config_file(config_name).parent, key_bias.heads_of(text_config(config)))
+    except ValueError:
+        return {}
+    said = {name: key_bias.sentence(name, biases, found["skipped"]) for name, found in plans.items()}
+    return {name: words for name, words in said.items() if words}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
@@ -128,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the native cache, as the engine's --dtype; auto: the model's, and bfloat16 for float32, as vLLM has it",
     )
     parser.add_argument("--memory", type=parse_memory, required=True, help="for one device's KV cache, e.g. 24GiB")
-    parser.add_argument("--format", help="one format, auto or fp8; default: auto and every turboquant format")
+    parser.add_argument("--format", help="one format, auto or fp8; default: auto and every format of ours")
     parser.add_argument("--tp", type=parse_positive, default=1, help="tensor parallel size")
     parser.add_argument("--max-model-len", type=parse_positive, help="tokens of one sequence; default: the model's")
     parser.add_argument("--block-size", type=parse_positive, default=16, help="tokens of the smallest page")
@@ -180,7 +191,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plans, indent=1))
         return 0
+    losses = known_losses(args.config, config, plans)
     for name, found in plans.items():
         hint = none_skipped(found, plan_with(name, [])) if found["skipped"] else []
+        hint += [f"  {losses[name]}"] if name in losses else []
         print("\n".join(lines(name, found) + hint))
     return 0

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from tq_backend._library import torch_ops
-from tq_backend.vllm_adapter import formats
+from tq_backend.vllm_adapter import formats, patches
 from tq_backend.vllm_adapter.metadata import TurboQuantMetadata
 from tq_backend.vllm_adapter.prefill import PrefillRoute
 from tq_backend.vllm_adapter.tolerance import pass_over
@@ -61,9 +61,13 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.sinks = extra.pop("sinks", None)
         self.kernel_sinks: torch.Tensor | None = None
+        # Float32 [num_kv_heads, head_size], taken from every key that is stored: what all keys of a head share (key_offsets.py).
+        self.key_offset: torch.Tensor | None = None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.prefill_route: PrefillRoute | None = None  # given by the metadata builder, which knows device and dtype
         pass_over("an attention layer", extra)
+        if formats.subtracts_key_offset(kv_cache_dtype):
+            patches.apply_to_loading(TurboQuantImpl)
         self.ops = torch_ops()
         self.set_pages(self.head_size_v, 0)
 
@@ -103,7 +107,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         if kv_cache.numel() == 0:  # profiling, before there is a cache
             return
         view = pages(kv_cache, self.page_bytes)
-        self.ops.store_kv(key, value, view, slot_mapping, self.format_id, self.block_size)
+        self.ops.store_kv(key, value, view, slot_mapping, self.format_id, self.block_size, self.key_offset)
 
     def forward(
         self,
@@ -133,6 +137,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         if plan is None or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._attend(query, kv_cache, m, m.num_actual_tokens, len(m.seq_lens), m.max_query_len, output)
             return output
+        if self.key_offset is not None:  # so that the chunk's raw keys are as those in pages
+            key = key - self.key_offset.to(key.dtype)
         if m.num_decodes > 0:
             self._attend(query, kv_cache, m, m.num_decode_tokens, m.num_decodes, m.max_decode_query_len, output)
         route.run(

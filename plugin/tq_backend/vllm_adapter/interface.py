@@ -30,6 +30,8 @@ class Without(enum.Enum):
     IMAGES = "a model whose images see each other is refused"
     PREFILL = "prefills run by our own kernel, which reads the current chunk from pages; one warning line"
     PAGES = "vLLM plans the page sizes; one warning line"
+    NOTICE = "a model on which a preset is known to lose accuracy is not named"
+    OFFSET = "no static offset is taken from keys; one warning line"
     PLATFORM = "vLLM's own CPU platform stays, and a compressed cache is refused under it"
     NOTHING = "nothing has to be undone"
 
@@ -47,6 +49,7 @@ ATTENTION = "vllm.model_executor.layers.attention:Attention"
 BACKEND = "vllm.v1.attention.backend:"
 SPECS = "vllm.v1.kv_cache_interface:"
 CONFIG = "vllm.config:"
+LOADER = "vllm.model_executor.model_loader."
 
 NEEDS = (
     # Where an engine that asks is noticed, and where we come in. patches.py has the reasons at length.
@@ -308,6 +311,63 @@ NEEDS = (
     ),
     Need(f"{CONFIG}VllmConfig", Kind.MEMBER, ("max_in_flight_tokens",), "to plan pages", Without.PAGES),
     Need(f"{CONFIG}ModelConfig", Kind.MEMBER, ("max_model_len",), "to plan pages", Without.PAGES),
+    # What is read of a model's weights.
+    Need(
+        f"{CONFIG}VllmConfig", Kind.MEMBER, ("load_config",), "to find the weights of a model", Without.NOTICE
+    ),
+    Need(
+        f"{CONFIG}LoadConfig", Kind.MEMBER, ("download_dir", "load_format"), "to find the weights of a model",
+        Without.NOTICE,
+    ),
+    Need(
+        f"{CONFIG}ModelConfig", Kind.MEMBER, ("get_head_size", "model", "revision"), "to find the weights of a model",
+        Without.NOTICE,
+    ),
+    # Static key offsets.
+    *(
+        Need(
+            f"{LOADER}{module}:", Kind.MEMBER, ("process_weights_after_loading",), "to see a model with its weights",
+            Without.OFFSET,
+        )
+        for module in ("base_loader", "weight_cache.ipc_loader")
+    ),
+    Need(
+        f"{LOADER}utils:process_weights_after_loading", Kind.BEGINS, ("model", "model_config"),
+        "to see a model with its weights", Without.OFFSET,
+    ),
+    Need(
+        f"{LOADER}reload.layerwise:finalize_layerwise_processing", Kind.BEGINS, ("model", "model_config"),
+        "to see a model whose weights were loaded again", Without.OFFSET,
+    ),
+    Need(
+        f"{LOADER}reload.layerwise:finalize_layerwise_reload", Kind.USES, ("finalize_layerwise_processing",),
+        "to see a model whose weights were loaded again", Without.OFFSET,
+    ),
+    Need(
+        "vllm.model_executor.layers.linear:", Kind.MEMBER, ("QKVParallelLinear", "RowParallelLinear"),
+        "to find the projection of a layer's keys", Without.OFFSET,
+    ),
+    Need(
+        "vllm.model_executor.layers.linear:QKVParallelLinear.__init__", Kind.USES,
+        ("head_size", "num_heads", "num_kv_heads"), "to find the keys in its projection", Without.OFFSET,
+    ),
+    Need(
+        "vllm.model_executor.layers.linear:LinearBase.__init__", Kind.USES, ("input_size", "params_dtype"),
+        "to ask a projection for its bias", Without.OFFSET,
+    ),
+    Need(
+        "vllm.model_executor.layers.linear:ColumnParallelLinear.forward", Kind.USES, ("bias",),
+        "to ask a projection for its bias", Without.OFFSET,
+    ),
+    Need(
+        "vllm.model_executor.layers.rotary_embedding:RotaryEmbedding.forward_native", Kind.BEGINS,
+        ("positions", "query", "key"), "to rotate a bias", Without.OFFSET,
+    ),
+    Need(
+        "vllm.model_executor.layers.attention:", Kind.MEMBER, ("Attention",), "to find a model's attention layers",
+        Without.OFFSET,
+    ),
+    Need(f"{ATTENTION}.__init__", Kind.USES, ("layer_name",), "to know which layers share a cache", Without.OFFSET),
 )  # fmt: skip
 
 

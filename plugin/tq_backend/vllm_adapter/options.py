@@ -1,7 +1,4 @@
-"""`--additional-config '{"turboquant": {...}}'`: what has no flag of its own.
-
-The formats of keys and values are no option here: a cache dtype's name fixes both, and with them the bytes that vLLM plans for.
-"""
+"""`--additional-config '{"turboquant": {...}}'`: what has no flag of its own."""
 
 from __future__ import annotations
 
@@ -9,16 +6,19 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-KEYS = ("skip_layers", "current", "strict", "sliding_window")
+KEYS = ("format", "skip_layers", "current", "strict", "sliding_window")
 CURRENT = ("raw", "compressed")
 MAX_WINDOW = 2**31 - 1  # the kernels count in 32 bits: a longer window would wrap around to another one
 # What acts where EngineArgs makes a configuration, and the key beside "turboquant" that says it did.
-AT_CREATION, CREATED = ("skip_layers", "strict", "sliding_window"), "tq_backend_created"
+AT_CREATION, CREATED = ("format", "skip_layers", "strict", "sliding_window"), "tq_backend_created"
 
 
 @dataclass(frozen=True)
 class Options:
-    # Layers that keep the native cache; None leaves vLLM's choice (the first and last two of a dense model).
+    # Of the pages, where it is not the one that the cache dtype names.
+    format: str | None = None
+    # Layers that keep the native cache; None leaves vLLM's choice (the first and last two of a dense model) with the formats that
+    # cache dtypes name, and none with the others, which need none.
     skip_layers: tuple[str, ...] | None = None
     # How a prefill reads its own chunk: "raw", as it came, or "compressed", from pages. None: raw on GPUs, compressed on CPUs.
     current: str | None = None
@@ -37,6 +37,13 @@ def read_options(additional_config: Any) -> Options:
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.0)
             raise ValueError(f"additional_config['turboquant'] has the unknown key {key!r}; did you mean {near[0]!r}?")
+    name = given.get("format")
+    if name is not None and name not in (known := format_names()):
+        near = difflib.get_close_matches(str(name), known, n=1)
+        raise ValueError(
+            f"additional_config['turboquant']['format'] is {name!r}; it must be one of {', '.join(known)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     current = given.get("current")
     if current is not None and current not in CURRENT:
         raise ValueError(f"additional_config['turboquant']['current'] is {current!r}; it must be one of {CURRENT}")
@@ -48,12 +55,18 @@ def read_options(additional_config: Any) -> Options:
         check_window(window, "additional_config['turboquant']['sliding_window']")
     skip = given.get("skip_layers")
     if skip is None:
-        return Options(current=current, strict=strict, sliding_window=window)
+        return Options(name, current=current, strict=strict, sliding_window=window)
     if not isinstance(skip, list) or not all(isinstance(x, int | str) and not isinstance(x, bool) for x in skip):
         raise ValueError(
             f"additional_config['turboquant']['skip_layers'] is {skip!r}; it must be a list of layer numbers or layer kinds"
         )
-    return Options(tuple(str(x) for x in skip), current, strict, window)
+    return Options(name, tuple(str(x) for x in skip), current, strict, window)
+
+
+def format_names() -> list[str]:
+    from tq_backend._library import native
+
+    return [row["name"] for row in native().formats() if not row["test_only"]]
 
 
 def check_window(window: Any, argument: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from tq_backend._library import native
 from tq_backend.model_layers import CacheLayer
 from tq_backend.plan_text import STRATEGIES, describe, waste_percent
-from tq_backend.vllm_adapter import chunks, coverage, formats
+from tq_backend.vllm_adapter import accuracy, chunks, coverage, formats
 from tq_backend.vllm_adapter.specs import (
     Unplanned,
     attends_in_chunks,
@@ -246,6 +246,8 @@ def grouped(own: Callable[..., list[Any]], vllm_config: Any, specs: dict[str, An
         return own(vllm_config, specs)
     groups, saved = _grouped(own, vllm_config, specs)
     say(*coverage.line(vllm_config, specs, saved))
+    if known := accuracy.line(vllm_config, specs):
+        say(logging.WARNING, known)
     return groups
 
 

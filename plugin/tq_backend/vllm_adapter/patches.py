@@ -38,9 +38,10 @@ Platform._align_heterogeneous_kv_block_size
 
 TurboQuantConfig.get_boundary_skip_layers
   What:  replaced while the configuration of an engine that we serve is made: no layer of a hybrid is skipped, as vLLM has it, and
-         none has to be named.
+         none has to be named; and none by default where the engine chose a format of ours.
   Why:   vLLM looks for a list of layer types in the model's configuration and raises where there is none. Falcon-H1 has attention
-         in every layer and no such list. What is compressed is seen when the layers have made their specs (coverage.py).
+         in every layer and no such list. What is compressed is seen when the layers have made their specs (coverage.py). The list
+         protects answers from vLLM's presets; it costs memory, and formats of ours do not need it.
   Probe: the method exists; otherwise an engine that asks is declined.
   Goes:  when vLLM asks the layers.
 
@@ -52,6 +53,15 @@ Attention.__init__
          wrap it, and at registration its module, which takes a second, would be imported in every engine.
   Probe: TurboQuantImpl refuses a layer with a native cache.
   Goes:  when ChunkedLocalAttention asks whether its layer is skipped.
+
+process_weights_after_loading, as the loaders (model_loader/base_loader.py, weight_cache/ipc_loader.py) call it, and
+finalize_layerwise_processing (model_loader/reload/layerwise.py)
+  What:  wrapped, once a layer of ours has a format that takes an offset from its keys. Then each such layer gets it
+         (key_offsets.py); when weights are loaded again it is written anew.
+  Why:   the offset comes from the bias of a projection and from a rotary embedding, and vLLM tells an attention layer of neither:
+         only what is called with the whole model sees the modules beside it. vLLM's own hook on a model is the model's.
+  Probe: both exist, and the modules that are asked are what they were; otherwise there are no offsets, and one line says so.
+  Goes:  when vLLM calls AttentionImpl.process_weights_after_loading with the layer's neighbours, or a plugin after loading.
 """
 
 from __future__ import annotations
@@ -72,10 +82,8 @@ MARK = "_tq_backend_wraps"
 
 def checked_config(create: Callable[..., Any], engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     """create_engine_config with our part behind it. Raises ValueError where an engine with a turboquant_* cache must not start."""
-    if is_ours(getattr(engine_args, "kv_cache_dtype", None)):
-        with any_hybrid():
-            config = create(engine_args, *args, **kwargs)
-    else:
+    ours = is_ours(getattr(engine_args, "kv_cache_dtype", None))
+    with default_skip_layers(engine_args) if ours else contextlib.nullcontext():
         config = create(engine_args, *args, **kwargs)
     return served_config(config, engine_args) if asks(config) else config
 
@@ -84,7 +92,7 @@ def served_config(config: Any, engine_args: Any) -> Any:
     """The configuration of an engine that asks, checked and adjusted."""
     from vllm.platforms import current_platform
 
-    from tq_backend.vllm_adapter import conflicts, engine_config, interface
+    from tq_backend.vllm_adapter import conflicts, engine_config, formats, interface
     from tq_backend.vllm_adapter.options import CREATED, read_options
 
     options = read_options(getattr(config, "additional_config", None))
@@ -98,6 +106,7 @@ def served_config(config: Any, engine_args: Any) -> Any:
     if reason:
         logger.warning("tq-backend does not serve this engine: %s", reason)
         return config
+    formats.use(config)
     refused = engine_config.refusal(config) or interface.images_refusal(config.model_config)
     if refused:
         raise ValueError(f"tq-backend: {refused}")
@@ -108,17 +117,21 @@ def served_config(config: Any, engine_args: Any) -> Any:
 
 
 @contextlib.contextmanager
-def any_hybrid() -> Iterator[None]:
+def default_skip_layers(engine_args: Any) -> Iterator[None]:
     """See the ledger, TurboQuantConfig."""
     if serving.not_ours():
         yield
         return
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
+    from tq_backend.vllm_adapter.options import read_options
+
+    chosen = read_options(getattr(engine_args, "additional_config", None)).format
+    needs_none = chosen is not None and not is_ours(chosen)
     own = TurboQuantConfig.get_boundary_skip_layers
 
     def named_or_not(model_config: Any, *args: Any, **kwargs: Any) -> list[str]:
-        return [] if model_config.is_hybrid else own(model_config, *args, **kwargs)
+        return [] if needs_none or model_config.is_hybrid else own(model_config, *args, **kwargs)
 
     TurboQuantConfig.get_boundary_skip_layers = staticmethod(named_or_not)
     try:
@@ -159,8 +172,11 @@ def wrap(owner: Any, name: str, around: Callable[..., Any], bind: Callable[..., 
 def selected_backend(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from vllm.config import get_current_vllm_config_or_none
 
-    if asks(get_current_vllm_config_or_none()):
-        serving.not_ours()  # registers; why not, if not, is in the log
+    config = get_current_vllm_config_or_none()
+    if asks(config) and not serving.not_ours():  # registers; why not, if not, is in the log
+        from tq_backend.vllm_adapter import formats
+
+        formats.use(config)
     return own(*args, **kwargs)
 
 
@@ -172,7 +188,9 @@ def planned_groups(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _planned(own: Callable[..., Any], vllm_config: Any, kv_cache_spec: dict[str, Any], *rest: Any, **more: Any) -> Any:
     """Of an engine that asks. What a newer vLLM gives besides goes through."""
-    from tq_backend.vllm_adapter import page_plan
+    from tq_backend.vllm_adapter import formats, page_plan
+
+    formats.use(vllm_config)
 
     def engines(config: Any, specs: dict[str, Any]) -> Any:
         return own(config, specs, *rest, **more)
@@ -203,6 +221,23 @@ def apply_to_chunks(ours: type) -> None:
     from vllm.model_executor.layers.attention import Attention
 
     wrap(Attention, "__init__", functools.partial(backend_of_the_layer, ours))
+
+
+@functools.cache
+def apply_to_loading(ours: type) -> None:
+    """When the first layer wants an offset: the loaders' modules are imported by then."""
+    from tq_backend.vllm_adapter import interface, key_offsets
+
+    if lacking := interface.unmet(interface.Without.OFFSET):
+        logger.warning("tq-backend takes no offsets from keys: %s", "; ".join(lacking))
+        return
+    from vllm.model_executor.model_loader import base_loader
+    from vllm.model_executor.model_loader.reload import layerwise
+    from vllm.model_executor.model_loader.weight_cache import ipc_loader
+
+    for loader in (base_loader, ipc_loader):
+        wrap(loader, "process_weights_after_loading", functools.partial(key_offsets.loaded, ours))
+    wrap(layerwise, "finalize_layerwise_processing", functools.partial(key_offsets.reloaded, ours))
 
 
 def apply() -> None:
