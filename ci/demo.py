@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 import warnings
@@ -27,12 +28,11 @@ os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "1")
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
-import torch  # noqa: E402
 from tq_backend.cli.engine import KV_CACHE_BYTES, Engine, counters  # noqa: E402
 from tq_backend.cli.heldout import heldout_tokens, load_tokenizer, retrieval_prompt  # noqa: E402
 from tq_backend.cli.plan import plan  # noqa: E402
-from tq_backend.cli.quality import compare  # noqa: E402
 from tq_backend.cli.read_config import read_file  # noqa: E402
+from tq_backend.cli.scores import compare  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 FORMATS = [None, "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"]
@@ -81,7 +81,7 @@ def main() -> None:
         hidden = engine.prefill(tokens)
         read = counters()["compressed_kv_reads"] - before["compressed_kv_reads"]
         base = hidden if base is None else base
-        kl, nll = compare(engine, base, hidden, tokens[1:])
+        score = compare(engine, base, hidden, tokens[1:])
         per_second, text = speed(engine)
         sizes = plan(config, name or "auto", 128, KV_CACHE_BYTES, max_model_len=CONTEXT, skip=[])
         rows.append(
@@ -89,8 +89,8 @@ def main() -> None:
                 "cache": name or "bf16",
                 "bytes_per_token": sizes["bytes_per_token"],
                 "kv_tokens": sizes["kv_tokens"],
-                "perplexity": float(torch.tensor(nll / (len(tokens) - 1)).exp()),
-                "kl": kl / len(tokens),
+                "perplexity": math.exp(score.nll),
+                "kl": score.kl,
                 "keys_retrieved": retrieved(engine),
                 "tokens_per_second": per_second,
                 "compressed_kv_reads": read,

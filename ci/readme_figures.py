@@ -21,6 +21,8 @@ PAGE_OF = {
     "gpu_sanitizers.json": "docs/gpu.md",
 }  # results that are quoted elsewhere than in the README
 FIELDS = ("figure", "value", "unit", "bar", "baseline", "machine", "date", "command")
+EVAL_FIELDS = ("model", "text", "cache", "bytes_per_token", "windows", "window", "kl", "kl_se", "perplexity", "top1", "against",
+               "machine", "date", "command")  # and more, of `tq eval`  # fmt: skip
 
 
 def cell(value: object) -> str:
@@ -31,6 +33,8 @@ def cell(value: object) -> str:
 def table(file: Path) -> str:
     """One results file as a table under the command that wrote it. Raises ValueError for an entry of another form."""
     rows = json.loads(file.read_text())
+    if rows and all(set(EVAL_FIELDS) <= set(row) for row in rows):
+        return eval_table(rows)
     for row in rows:
         if set(row) != set(FIELDS):
             raise ValueError(f"{file.name}: an entry has the keys {sorted(row)}; it must have {sorted(FIELDS)}")
@@ -49,6 +53,34 @@ def table(file: Path) -> str:
                 lines.append(
                     f"| {cell(row['figure'])} | {cell(row['value'])}{unit} | {cell(row['bar'])} | {cell(row['baseline'])} |"
                 )
+    return "\n".join(lines[1:])
+
+
+def plus_minus(value: float, error: float | None, style: str) -> str:
+    return f"{value:{style}}" + ("" if error is None else f" +-{error:{style}}")
+
+
+def eval_table(rows: list[dict]) -> str:
+    """What `tq eval --json` wrote: a line per model, text and cache."""
+    lines = []
+    for command, machine, date in dict.fromkeys((row["command"], row["machine"], row["date"]) for row in rows):
+        own = [row for row in rows if (row["command"], row["machine"], row["date"]) == (command, machine, date)]
+        size = f"{own[0]['windows']} windows of {own[0]['window']} tokens"
+        lines += [
+            "",
+            f"`{command}` on {machine}, {date}, {size}:",
+            "",
+            "| model | text | cache | bytes per token | mean KL to bf16, nat | perplexity | same top 1 | KL against |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in own:
+            against = row["against"]
+            ratio = f"{against['ratio']:.3g} times {against['format']}'s" if against else ""
+            note = f" ({row['note']})" if row.get("note") else ""
+            lines.append(
+                f"| {cell(row['model'])} | {cell(row['text'])} | {cell(row['cache'])}{note} | {row['bytes_per_token']} | "
+                f"{plus_minus(row['kl'], row['kl_se'], '.4f')} | {row['perplexity']:.4g} | {row['top1']:.2%} | {ratio} |"
+            )
     return "\n".join(lines[1:])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tq_backend.cli import bench, quality
+from tq_backend.cli import bench, evaluation, quality, simulated
 from tq_backend.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,13 +83,35 @@ def test_eval_of_one_token(capsys):
     assert "--window is 1" in evaluated(capsys, "--model", str(MODEL), "--window", "1")
 
 
+def test_eval_of_what_is_not_among_the_formats(capsys):
+    args = ("--model", str(MODEL), "--formats", "turboquant_k8v4", "--against", "fp8")
+    assert "--against is fp8, which is not among --formats turboquant_k8v4" in evaluated(capsys, *args)
+
+
+def test_eval_beyond_the_models_context(capsys):
+    assert "8192 tokens were asked for" in evaluated(capsys, "--model", str(MODEL), "--needles", "8192")
+
+
+def test_eval_of_windows_that_greedy_generation_fills(capsys):
+    assert "--window is 200" in evaluated(capsys, "--model", str(MODEL), "--window", "200", "--greedy")
+
+
+def test_eval_of_no_text(capsys):
+    args = ("--model", str(MODEL), "--text", "nowhere/at/all")
+    assert "--text nowhere/at/all: there is no such file" in evaluated(capsys, *args)
+
+
+def test_eval_of_layers_and_the_default(capsys):
+    args = ("--model", str(MODEL), "--skip-layers", "default", "1")
+    assert "--skip-layers has 'default' and others" in evaluated(capsys, *args)
+
+
 class EngineThatIsFarOff:
     """In place of a vLLM: its predictions with a compressed cache have nothing to do with those without."""
 
-    num_layers = 1
-
-    def __init__(self, model, kv_format, window):
+    def __init__(self, model, kv_format, window, skip_layers):
         self.shift = 0.0 if kv_format is None else 5.0
+        self.model = torch.nn.Identity()
 
     def prefill(self, tokens):
         return torch.tensor(tokens).float()[:, None] % 7 + self.shift
@@ -115,11 +137,16 @@ def test_bars_are_the_small_models(own, tmp_path, monkeypatch):
             last = file.read(1)
             file.seek(-1, os.SEEK_END)
             file.write(bytes([last[0] ^ 1]))
-    monkeypatch.setattr(quality, "Engine", EngineThatIsFarOff)
-    monkeypatch.setattr(quality, "check_all_compressed", lambda *_: None)
-    figures, misses = quality.evaluate(model, ["turboquant_4bit_nc"], 8, 4096, True)
+    monkeypatch.setattr(evaluation, "Engine", EngineThatIsFarOff)
+    monkeypatch.setattr(evaluation, "check_all_compressed", lambda *_: None)
+    monkeypatch.setattr(evaluation, "bytes_per_token", lambda _: 1)
+    monkeypatch.setattr(simulated, "attention_layers", lambda _: {})
+    wanted = evaluation.Wanted(model, ["turboquant_4bit_nc"], decode=True)
+    said, saved = [], []
+    rows, misses = quality.evaluate(wanted, said.append, lambda rows: saved.append(len(rows)))
+    assert [row.cache for row in rows] == ["bf16", "turboquant_4bit_nc"] and saved == [1, 2] and len(said) == 3
     assert len(misses) == (2 if own else 0)
-    assert sum(bool(figure.bar) for figure in figures) == (2 if own else 0)
+    assert bool(rows[1].bar) == own
 
 
 @pytest.mark.parametrize(("batch", "context"), [(1, 1000), (3, 1000), (2, 1), (4, 128), (2, 129)])

@@ -75,6 +75,18 @@ def test_figures_replace_the_block_and_nothing_else(tmp_path: Path):
     assert readme_figures.rewritten(new, tmp_path) == new
 
 
+def test_what_eval_wrote_is_a_table_of_its_own(tmp_path: Path):
+    common = {"machine": "a CPU, 2 cores", "date": "2026-11-28", "command": "tq eval", "windows": 2, "window": 2048}
+    row = common | {"model": "m", "text": "prose", "cache": "fp8", "note": "simulated", "bytes_per_token": 256, "kl": 0.02,
+                    "kl_se": None, "perplexity": 29.5, "top1": 0.9336, "against": None}  # fmt: skip
+    ours = row | {"cache": "tq_8", "note": "", "kl_se": 0.0012, "against": {"format": "fp8", "ratio": 0.25}}
+    (tmp_path / "real_models.json").write_text(json.dumps([row, ours]))
+    new = readme_figures.rewritten(EMPTY, tmp_path)
+    assert "`tq eval` on a CPU, 2 cores, 2026-11-28, 2 windows of 2048 tokens:" in new
+    assert "| m | prose | fp8 (simulated) | 256 | 0.0200 | 29.5 | 93.36% |  |" in new
+    assert "| m | prose | tq_8 | 256 | 0.0200 +-0.0012 | 29.5 | 93.36% | 0.25 times fp8's |" in new
+
+
 def test_a_malformed_entry_is_refused(tmp_path: Path):
     (tmp_path / "x.json").write_text(json.dumps([{k: v for k, v in ENTRY.items() if k != "machine"}]))
     with pytest.raises(ValueError, match=r"x\.json"):

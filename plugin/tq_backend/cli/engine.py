@@ -7,13 +7,16 @@ same numbers as one tensor.
 from __future__ import annotations
 
 import gc
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tq_backend.names import is_ours
 
 # Needed before vLLM is imported: one process (hooks), no network, a cache of our size.
 ENVIRONMENT = {
@@ -34,12 +37,33 @@ def counters(device_index: int = -1) -> dict[str, int]:
     return dict(zip(names, torch_ops().counters(device_index), strict=True))
 
 
+def cache_dtype(kv_format: str) -> str:
+    """vLLM's name beside which a format is chosen: a preset's own, or any of them."""
+    return kv_format if is_ours(kv_format) else "turboquant_4bit_nc"
+
+
+def format_option(kv_format: str) -> dict[str, str]:
+    return {} if is_ours(kv_format) else {"format": kv_format}
+
+
+def own_context(model: Path) -> int | None:
+    """Tokens that a model's position embeddings are made for, if its configuration says so."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
+
+
 class Engine:
-    """kv_format: a turboquant_* name, with every layer and every attended token compressed, or None for vLLM's stock backend and
-    native cache."""
+    """kv_format: a page format, with every attended token compressed in every layer but skip_layers (None: vLLM's choice), or None for
+    vLLM's stock backend and native cache."""
 
     def __init__(
-        self, model: Path, kv_format: str | None, max_tokens: int, dtype: str = "bfloat16", **options: Any
+        self,
+        model: Path,
+        kv_format: str | None,
+        max_tokens: int,
+        dtype: str = "bfloat16",
+        skip_layers: Sequence[int | str] | None = (),
+        **options: Any,
     ) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -47,16 +71,22 @@ class Engine:
 
         if kv_format is not None:
             # Figures of a format are those of what its pages hold, on a GPU too.
-            compress_all = {"turboquant": {"skip_layers": [], "current": "compressed"}}
-            options = {"additional_config": compress_all} | options
-            options |= {"attention_backend": "TURBOQUANT", "kv_cache_dtype": kv_format}
+            own: dict[str, Any] = {"current": "compressed"}
+            if skip_layers is not None:
+                own["skip_layers"] = list(skip_layers)
+            options = {"additional_config": {"turboquant": own | format_option(kv_format)}} | options
+            options |= {"attention_backend": "TURBOQUANT", "kv_cache_dtype": cache_dtype(kv_format)}
+        # A prompt may fill the model's context; the token sampled after it is never run through the model. Not for shorter ones:
+        # tables of learned positions and a choice of rotary factors depend on the number.
+        context = own_context(model)
+        longer = {"max_position_embeddings": max_tokens + 1} if context is not None and context <= max_tokens else {}
+        overrides = longer | options.pop("hf_overrides", {})
         self.llm = LLM(
             model=str(model),
             dtype=dtype,
             enforce_eager=True,
             max_model_len=max_tokens + 1,
-            # A prompt may fill the model's context; the token sampled after it is never run through the model.
-            hf_overrides={"max_position_embeddings": max_tokens + 1} | options.pop("hf_overrides", {}),
+            hf_overrides=overrides,
             **({"max_num_seqs": 8, "max_num_batched_tokens": max_tokens + 1, "enable_prefix_caching": False} | options),
         )
         self.model: torch.nn.Module = self.llm.apply_model(lambda model: model)[0]

@@ -8,8 +8,10 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -44,7 +46,8 @@ def command_line() -> str:
     return shlex.join([*words, *sys.argv[1:]])
 
 
-def write_results(path: Path, figures: list[Figure], gpu: str = "", command: str = "") -> None:
+def write_results(path: Path, figures: Sequence[Any], gpu: str = "", command: str = "") -> None:
+    """figures: Figure, or another dataclass of which the file then is a list."""
     common = {
         "machine": ", ".join(filter(None, [gpu, machine()])),
         "date": datetime.date.today().isoformat(),
