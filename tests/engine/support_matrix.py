@@ -27,12 +27,35 @@ EXACT, CODEC = (
 
 ROWS = (
     Row(
+        "the presets, and formats of our own chosen beside one",
+        f"{ENGINE}, equal to the reference codec; {CONFIG}",
+        (
+            "engine/test_engine.py::test_compressed_pages_equal_the_reference_codec",
+            f"{CONFIGS}test_a_chosen_format_needs_no_native_layers",
+            f"{CONFIGS}test_a_format_that_does_not_exist_is_refused",
+        ),
+    ),
+    Row(
         "native first and last layers, layers to skip, an explicit `--attention-backend TURBOQUANT`",
         f"{ENGINE}; {CONFIG} and the CUDA platform's own selection for five compute capabilities",
         (
             "engine/test_engine.py::test_skip_layers_default_keeps_boundary_layers_native",
             f"{CONFIGS}test_an_explicit_flag_is_a_choice_per_layer_and_forces_no_flash_attention",
             f"{CONFIGS}test_the_cuda_platform_chooses_per_layer_under_an_explicit_flag",
+        ),
+    ),
+    Row(
+        "a preset that is known to lose accuracy on a model is named at start-up",
+        f"{ENGINE}, a tiny Qwen2 with a large key bias",
+        ("engine/test_accuracy.py::test_an_engine_names_its_preset_once",),
+    ),
+    Row(
+        "a static offset is taken from keys with a large bias, with formats of our own",
+        f"{ENGINE}, tiny models, equal to Hugging Face's own keys",
+        (
+            "engine/test_key_offsets.py::test_the_offset_is_the_mean_key_without_input",
+            "engine/test_key_offsets.py::test_the_softmax_does_not_see_it",
+            "engine/test_key_offsets.py::test_four_bits_hold_what_is_left",
         ),
     ),
     Row(

@@ -17,7 +17,7 @@ from engines import (
 from stock_attention import prefill_route
 from tq_backend.cli.engine import Engine, counters
 from tq_backend.cli.heldout import heldout_tokens
-from tq_backend.cli.quality import REFERENCE_KL
+from tq_backend.vllm_adapter.options import format_names
 from tq_backend.vllm_adapter.prefill_plan import Limits
 
 # Chunked prefill (700 tokens in chunks of 256, mixed with decodes), prefix hits in pages of 128.
@@ -61,7 +61,7 @@ def test_float_pages_equal_the_stock_engine():
         assert largest_difference(seen, stock) < 1e-4
 
 
-@pytest.mark.parametrize("name", REFERENCE_KL)
+@pytest.mark.parametrize("name", format_names())
 def test_compressed_pages_equal_the_reference_codec(name):
     """Against the same engine with a float cache that holds what the reference codec makes of the same K and V.
 
