@@ -242,15 +242,18 @@ struct DecodeWarp {
         const float (&v)[4] = scaled[i][nt];
         run.sum[nt][0] += w[0] + w[2];
         run.sum[nt][1] += w[1] + w[3];
-        if constexpr (F::kRotatesValues) {  // in units of the offset, which all levels have
-          run.zero[nt][0] += v[0] + v[2];
-          run.zero[nt][1] += v[1] + v[3];
+        const uint32_t lower = pack_half2(v[0], v[1]), upper = pack_half2(v[2], v[3]);
+        if constexpr (F::kRotatesValues) {
+          // In units of the levels' offset, and of the weights as they were rounded: 64 levels are more than one.
+          const float2 x = unpack_half2(lower), y = unpack_half2(upper);
+          run.zero[nt][0] += x.x + y.x;
+          run.zero[nt][1] += x.y + y.y;
         } else {
           run.zero[nt][0] = fmaf(w[0], zero.x, fmaf(w[2], zero.y, run.zero[nt][0]));
           run.zero[nt][1] = fmaf(w[1], zero.x, fmaf(w[3], zero.y, run.zero[nt][1]));
         }
-        fragment[nt][0] = transpose_8x8(pack_half2(v[0], v[1]));
-        fragment[nt][1] = transpose_8x8(pack_half2(v[2], v[3]));
+        fragment[nt][0] = transpose_8x8(lower);
+        fragment[nt][1] = transpose_8x8(upper);
       }
       const int at = i * shape.atom_bytes() + shape.value_offset();
       Value::template accumulate<NT>(shape, value_book(), first + at, third + at, r, fragment, run.o);
