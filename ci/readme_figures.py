@@ -18,6 +18,7 @@ PLAN = re.compile(r"(?P<model>[^,]+),.*: groups: (?P<groups>\d+), waste (?P<wast
 PAGE_OF = {
     "plans.json": "docs/models.md",
     "gpu_attention.json": "docs/gpu.md",
+    "gpu_formats.json": "docs/gpu.md",
     "gpu_sanitizers.json": "docs/gpu.md",
 }  # results that are quoted elsewhere than in the README
 FIELDS = ("figure", "value", "unit", "bar", "baseline", "machine", "date", "command")
