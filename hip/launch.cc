@@ -20,8 +20,11 @@ constexpr int64_t kMaxSplits = 64;
 #define TQ_TRAITS(name, F) gpu::traits_of<gpu::F>(),
 constexpr gpu::FormatTraits kFormats[] = {TQ_HIP_FORMATS(TQ_TRAITS)};
 static_assert(std::size(kFormats) == kFormatCount);
+// Every format but the test-only ones, which supports refuses, is in the table.
 int format_of(const PageLayout& layout) {
-  return static_cast<int>(std::find(kFormats, std::end(kFormats), gpu::traits_of(layout)) - kFormats);
+  int row = kFormatCount - 1;
+  while (row > 0 && !(kFormats[row] == gpu::traits_of(layout))) --row;
+  return row;
 }
 
 // Vectors of 16 * lanes dimensions: 0 for 4 lanes, 1 for 8, 2 for 16, 3 for 32; and dimensions 64, 128, 256, 512 alike.
