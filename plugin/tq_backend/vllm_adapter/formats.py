@@ -23,7 +23,7 @@ _chosen: str | None = None
 def use(vllm_config: Any) -> None:
     """From here on, of the engine with this configuration. Raises ValueError for options that are wrong."""
     global _chosen  # noqa: PLW0603
-    _chosen = read_options(vllm_config.additional_config).format
+    _chosen = read_options(getattr(vllm_config, "additional_config", None)).format
 
 
 def page_format(kv_cache_dtype: str) -> str:
