@@ -12,8 +12,11 @@ import transformers
 from engines import attention_layers, raw_pages, running
 from safetensors.torch import load_file
 from tiny_models import KEY_BIAS, prompt
+from tq_backend import key_bias
 from tq_backend._library import native
 from tq_backend.cli.engine import format_option
+from tq_backend.cli.read_config import read_config
+from tq_backend.model_text import text_config
 from tq_backend.vllm_adapter import formats, key_offsets, patches
 
 DTYPE = "turboquant_4bit_nc"
@@ -73,6 +76,11 @@ def test_the_offset_is_the_mean_key_without_input(name, folder, monkeypatch):
             for layer, offset in found.items():
                 assert offset.dtype == torch.float32
                 torch.testing.assert_close(offset, means[layer], rtol=0, atol=1e-4 * largest[layer].item())
+    # What the configuration and the weights on disk say is left, before there is an engine. Yarn turns more slowly than is reckoned.
+    text = text_config(read_config(str(model)))
+    for bias in key_bias.read(model, key_bias.heads_of(text, CONTEXT)):
+        left = (keys[bias.layer] - keys[bias.layer].mean(1, keepdim=True)).square().sum(-1).mean(-1).sqrt().max().item()
+        assert bias.left == pytest.approx(left, rel=1e-3, abs=1e-3) or (name == "qwen2_yarn" and bias.left > left)
     if name in ROTARY:  # or the mean over other positions would do too
         assert (keys[0][-1, :100].mean(0) - keys[0][-1].mean(0)).norm() > 0.01
 

@@ -30,12 +30,13 @@ def tensors(layers: int, size: int, dtype: torch.dtype, name: str = NAME) -> dic
 
 def expected(parts: dict[int, torch.Tensor], dim: int) -> list[KeyBias]:
     rows = {i: part.double().reshape(-1, dim) for i, part in parts.items()}
-    return [KeyBias(i, x.norm(dim=-1).max().item(), x.abs().max().item()) for i, x in rows.items()]
+    norms = {i: x.norm(dim=-1).max().item() for i, x in rows.items()}
+    return [KeyBias(i, norms[i], x.abs().max().item(), norms[i]) for i, x in rows.items()]  # no offset is taken
 
 
 def same(found: list[KeyBias], wanted: list[KeyBias]) -> bool:
-    pairs = [(b.layer, pytest.approx(b.norm), pytest.approx(b.element)) for b in wanted]
-    return [(b.layer, b.norm, b.element) for b in found] == pairs and len(wanted) > 0
+    pairs = [(b.layer, *map(pytest.approx, (b.norm, b.element, b.left))) for b in wanted]
+    return [(b.layer, b.norm, b.element, b.left) for b in found] == pairs and len(wanted) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -113,8 +114,9 @@ def having(monkeypatch, *names: str) -> None:
     monkeypatch.setattr(key_bias, "native", lambda: SimpleNamespace(formats=lambda: rows))
 
 
-def biases(norms: dict[int, float], layers: int, element: float = 0.5) -> list[KeyBias]:
-    return [KeyBias(i, norms.get(i, 12.0), element * norms.get(i, 12.0)) for i in range(layers)]
+def biases(norms: dict[int, float], layers: int, element: float = 0.5, left: float = 0.25) -> list[KeyBias]:
+    found = {i: norms.get(i, 12.0) for i in range(layers)}
+    return [KeyBias(i, norm, element * norm, left * norm) for i, norm in found.items()]
 
 
 @pytest.mark.parametrize(
@@ -150,10 +152,29 @@ def test_better_formats_are_named_where_there_are_any(monkeypatch):
     assert found == SAY.format("turboquant_4bit_nc", 912, 0, f"{FORMAT.format('tq_8')} or {SKIP.format([0, 1, 7, 15])}")
     # There is more to do than to keep the four worst native.
     assert "in layer 4): use" in key_bias.sentence("turboquant_3bit_nc", biases(SMALL, 24), [0, 1, 2, 8])
-    assert key_bias.sentence("tq_4", biases(LARGE, 28), []) == ""
     having(monkeypatch, "tq_8", "tq_k5v4")
     assert '"tq_k5v4"' in key_bias.sentence("turboquant_4bit_nc", biases(LARGE, 28), [])
     assert '"tq_8"' in key_bias.sentence("turboquant_k8v4", biases(LARGE, 28, element=0.95), [])
+
+
+def test_formats_of_ours_lose_by_what_an_offset_leaves(monkeypatch):
+    having(monkeypatch, "tq_4", "tq_8", "tq_k5v4")
+    assert key_bias.native_by_default("turboquant_4bit_nc", biases(LARGE, 28)) is None  # vLLM's list
+    for name in ("tq_4", "tq_k5v4"):
+        assert key_bias.native_by_default(name, biases(LARGE, 28)) == [0, 1]  # a quarter of 912 and of 170
+        assert key_bias.native_by_default(name, biases(SMALL, 24, left=0.125)) == []
+        assert key_bias.native_by_default(name, biases(SMALL, 24, left=1.0)) == [0, 1, 2, 8]  # not more than four
+        assert key_bias.sentence(name, biases(LARGE, 28), [0, 1]) == ""
+        words = "known to lose accuracy on this model (key bias 170, of which an offset leaves 42, in layer 1): use "
+        found = key_bias.sentence(name, biases(LARGE, 28), [0])
+        assert found == f"{name} is {words}{FORMAT.format('tq_8')} or {SKIP.format([0, 1])}"
+    assert key_bias.native_by_default("tq_8", biases(LARGE, 28, left=1.0)) == []
+    assert key_bias.sentence("tq_8", biases(LARGE, 28, left=1.0), []) == ""
+
+
+def test_only_the_formats_that_are_there(monkeypatch):
+    assert key_bias.sentence("raw_f32", biases(LARGE, 28), []) == ""
+    assert key_bias.sentence("no_format", biases(LARGE, 28), []) == ""
 
 
 def unreadable(folder: Path, words: str) -> None:
@@ -214,7 +235,7 @@ def biased(tmp_path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(config))
     given = {NAME.format(i): torch.zeros(32) for i in range(24)}
     for layer, norm in SMALL.items():
-        given[NAME.format(layer)][20] = norm
+        given[NAME.format(layer)][23] = norm  # of a slow pair, as in Qwen2.5
     save_file(given, tmp_path / "model.safetensors")
     return tmp_path
 
@@ -228,6 +249,10 @@ def test_tq_plan_says_it(biased, capsys):
     said = [line.strip() for line in capsys.readouterr().out.splitlines() if "known to lose" in line]
     presets = ("turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc")
     assert said == [SAY.format(name, 278, 8, WAYS) for name in presets]
+    assert main([*arguments, "--format", "tq_4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tq_4"]["skipped"] == [0, 1, 2, 8]  # it turns by 1.3 in 4096 tokens
+    assert main([*arguments, "--format", "tq_4", "--json", "--max-model-len", "64"]) == 0
+    assert json.loads(capsys.readouterr().out)["tq_4"]["skipped"] == []
     assert main([*arguments, "--skip-layers", "0,1,2,4,8"]) == 0
     assert "known to lose" not in capsys.readouterr().out
     (biased / "model.safetensors").unlink()

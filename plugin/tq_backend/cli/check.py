@@ -66,7 +66,7 @@ def vllm_report() -> tuple[dict[str, str], str | None]:
 
 
 def model_report(name: str) -> dict:
-    """What its key biases mean to each preset, with vLLM's own choice of native layers. Raises ValueError if there is no such model, or none
+    """What its key biases mean to each format, with the native layers that it has by default. Raises ValueError if there is no such model, or none
     whose configuration can be read."""
     from tq_backend import key_bias, model_layers
     from tq_backend.cli.read_config import config_file, read_config
@@ -77,13 +77,15 @@ def model_report(name: str) -> dict:
     heads = key_bias.heads_of(text_config(config))
     try:
         biases = key_bias.read(folder, heads)
-        presets = {row["name"]: model_layers.skip_layers(config, row["name"]) for row in native().formats()}
+        names = [row["name"] for row in native().formats()]
+        skipped = {name: key_bias.native_by_default(name, biases) for name in names}
+        kept = {name: model_layers.skip_layers(config, name, named) for name, named in skipped.items()}
     except (ImportError, ValueError) as error:
         return {"name": name, "unknown": str(error)}
     return {
         "name": name,
         "key_biases": [asdict(bias) for bias in sorted(biases, key=lambda bias: -bias.norm)],
-        "losses": list(filter(None, (key_bias.sentence(name, biases, skip) for name, skip in presets.items()))),
+        "losses": list(filter(None, (key_bias.sentence(name, biases, layers) for name, layers in kept.items()))),
     }
 
 

@@ -53,7 +53,7 @@ def own_context(model: Path) -> int | None:
 
 
 class Engine:
-    """kv_format: a page format, with every attended token compressed in every layer but skip_layers (None: vLLM's choice), or None for
+    """kv_format: a page format, with every attended token compressed in every layer but skip_layers (None: its default), or None for
     vLLM's stock backend and native cache."""
 
     def __init__(

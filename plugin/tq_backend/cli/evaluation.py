@@ -31,7 +31,7 @@ class Wanted:
     texts: list[str] = field(default_factory=lambda: [CODE])
     windows: int = 8
     window: int = 4096
-    skip_layers: list[int | str] | None = field(default_factory=list)  # None: vLLM's choice
+    skip_layers: list[int | str] | None = field(default_factory=list)  # None: those that each format has by default
     against: str | None = None  # one of the formats
     decode: bool = False
     needles: list[int] = field(default_factory=list)  # lengths

@@ -14,6 +14,7 @@ from tq_backend._library import native
 from tq_backend.cli.arguments import parse_positive
 from tq_backend.cli.read_config import config_file, read_config
 from tq_backend.model_text import DTYPE_BYTES, FilledIn, language_part, shown, text_config
+from tq_backend.names import is_ours
 from tq_backend.plan_text import describe, lines, waste_percent
 
 # A letter alone is what GPU memory is sold in: 24G is 24GiB.
@@ -115,15 +116,12 @@ def none_skipped(default: dict, none: dict) -> list[str]:
     ]
 
 
-def known_losses(config_name: str, config: Mapping[str, Any], plans: Mapping[str, dict]) -> dict[str, str]:
-    """Of each plan whose format is known to lose accuracy on the model, the sentence; none where its weights are not beside the
-    configuration."""
+def key_biases(config_name: str, config: Mapping[str, Any], max_model_len: int | None) -> list[key_bias.KeyBias]:
+    """None where the weights are not beside the configuration."""
     try:
-        biases = key_bias.read(config_file(config_name).parent, key_bias.heads_of(text_config(config)))
+        return key_bias.read(config_file(config_name).parent, key_bias.heads_of(text_config(config), max_model_len))
     except ValueError:
-        return {}
-    said = {name: key_bias.sentence(name, biases, found["skipped"]) for name, found in plans.items()}
-    return {name: words for name, words in said.items() if words}
+        return []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +142,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=parse_positive, help="tokens of one sequence; default: the model's")
     parser.add_argument("--block-size", type=parse_positive, default=16, help="tokens of the smallest page")
     parser.add_argument(
-        "--skip-layers", type=parse_layers, help="layers that keep the native cache, or none; default: vLLM's choice"
+        "--skip-layers",
+        type=parse_layers,
+        help="layers that keep the native cache, or none; default: of a preset vLLM's choice, "
+        "of other formats those whose key bias they do not hold",
     )
     parser.add_argument(
         "--in-flight-tokens",
@@ -184,16 +185,20 @@ def run(args: argparse.Namespace) -> int:
                 side_by_side=args.side_by_side,
             )
 
-        plans = {name: plan_with(name, args.skip_layers) for name in names}
+        biases = key_biases(args.config, config, args.max_model_len)
+        chosen = {name: args.skip_layers for name in names}
+        if args.skip_layers is None:
+            chosen = {name: key_bias.native_by_default(name, biases) for name in names}
+        plans = {name: plan_with(name, skip) for name, skip in chosen.items()}
     except ValueError as error:
         print(f"tq plan: {error}")
         return 2
     if args.json:
         print(json.dumps(plans, indent=1))
         return 0
-    losses = known_losses(args.config, config, plans)
     for name, found in plans.items():
-        hint = none_skipped(found, plan_with(name, [])) if found["skipped"] else []
-        hint += [f"  {losses[name]}"] if name in losses else []
+        hint = none_skipped(found, plan_with(name, [])) if found["skipped"] and is_ours(name) else []
+        if words := key_bias.sentence(name, biases, found["skipped"]):
+            hint += [f"  {words}"]
         print("\n".join(lines(name, found) + hint))
     return 0

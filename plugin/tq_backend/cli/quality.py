@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=parse_layer,
         metavar="LAYER",
-        help=f"layers that keep the native cache, by number or kind; '{DEFAULT_LAYERS}': vLLM's choice; default: none",
+        help=f"layers that keep the native cache, by number or kind; '{DEFAULT_LAYERS}': those that each format has; default: none",
     )
     parser.add_argument(
         "--against", type=parse_cache, help=f"compare with this format's KL; default: {simulated.FP8}, if asked for"

@@ -19,7 +19,7 @@ class Row:
     text: str
     cache: str
     note: str
-    skip_layers: list[int | str] | None  # None: vLLM's choice
+    skip_layers: list[int | str] | None  # None: those that the format has by default
     bytes_per_token: int
     windows: int
     window: int

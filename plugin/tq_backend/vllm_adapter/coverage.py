@@ -10,12 +10,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from tq_backend.names import is_ours
 from tq_backend.plan_text import ranges
 from tq_backend.vllm_adapter.options import read_options
 from tq_backend.vllm_adapter.specs import dtype_name, is_compressed, is_state
 
 ARGUMENT = "additional_config['turboquant']['skip_layers']"
-DEFAULT_LIST = "vLLM's list of layers to skip"
+
+
+def default_list(kv_format: str | None) -> str:
+    """What keeps layers native where the option names none."""
+    if kv_format is None or is_ours(kv_format):
+        return "vLLM's list of layers to skip"
+    return f"{kv_format} does not hold their key bias, or --kv-cache-dtype-skip-layers names them"
 
 
 def number(layer_name: str) -> int | None:
@@ -68,7 +75,9 @@ def line(vllm_config: Any, specs: dict[str, Any], saved: str) -> tuple[int, str]
     by_model = [name for name in native if name not in by_list]
     text = f"compressed: {len(layers) - len(native)} of {len(layers)} layers" + (f", {saved}" if saved else "")
     if by_list:
-        text += f"; native: {named(by_list)} ({DEFAULT_LIST if options.skip_layers is None else ARGUMENT})"
+        text += (
+            f"; native: {named(by_list)} ({default_list(options.format) if options.skip_layers is None else ARGUMENT})"
+        )
     if by_model:
         text += f"; native: {named(by_model)} (this model's code does not give them {cache.cache_dtype})"
     if states := len(specs) - len(layers):

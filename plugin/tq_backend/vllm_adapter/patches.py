@@ -38,10 +38,10 @@ Platform._align_heterogeneous_kv_block_size
 
 TurboQuantConfig.get_boundary_skip_layers
   What:  replaced while the configuration of an engine that we serve is made: no layer of a hybrid is skipped, as vLLM has it, and
-         none has to be named; and none by default where the engine chose a format of ours.
+         none has to be named; and where the engine chose a format of ours only those whose key bias it does not hold (accuracy.py).
   Why:   vLLM looks for a list of layer types in the model's configuration and raises where there is none. Falcon-H1 has attention
          in every layer and no such list. What is compressed is seen when the layers have made their specs (coverage.py). The list
-         protects answers from vLLM's presets; it costs memory, and formats of ours do not need it.
+         protects answers from vLLM's presets by layers' places, not by what they hold; it costs memory, and formats of ours do not need it.
   Probe: the method exists; otherwise an engine that asks is declined.
   Goes:  when vLLM asks the layers.
 
@@ -124,14 +124,19 @@ def default_skip_layers(engine_args: Any) -> Iterator[None]:
         return
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
+    from tq_backend.vllm_adapter import accuracy
     from tq_backend.vllm_adapter.options import read_options
 
-    chosen = read_options(getattr(engine_args, "additional_config", None)).format
-    needs_none = chosen is not None and not is_ours(chosen)
+    options = read_options(getattr(engine_args, "additional_config", None))
+    chosen = options.format
     own = TurboQuantConfig.get_boundary_skip_layers
 
     def named_or_not(model_config: Any, *args: Any, **kwargs: Any) -> list[str]:
-        return [] if needs_none or model_config.is_hybrid else own(model_config, *args, **kwargs)
+        if model_config.is_hybrid or options.skip_layers is not None:  # what the user names takes the place of any list
+            return []
+        if chosen is not None and not is_ours(chosen):
+            return [str(layer) for layer in accuracy.native_by_default(chosen, engine_args, model_config)]
+        return own(model_config, *args, **kwargs)
 
     TurboQuantConfig.get_boundary_skip_layers = staticmethod(named_or_not)
     try:
