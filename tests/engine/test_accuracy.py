@@ -72,7 +72,7 @@ def test_a_model_from_a_hub_is_read_where_it_was_put(model, tmp_path, said, monk
     def from_the_hub(vllm_config, specs):
         monkeypatch.setattr(vllm_config.model_config, "model", "some/model")
         monkeypatch.setattr(vllm_config.load_config, "download_dir", str(tmp_path))
-        found.append(accuracy.model_folder(vllm_config))
+        found.append(accuracy.model_folder(vllm_config.model_config, str(tmp_path)))
         return own(vllm_config, specs)
 
     monkeypatch.setattr(accuracy, "line", from_the_hub)

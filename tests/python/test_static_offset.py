@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from tq_backend.static_offset import MOST_POSITIONS, Rotary, left_of, rotary_of
+from tq_backend.static_offset import MOST_POSITIONS, Rotary, context_lengths, left_of, rotary_of
 
 SEED = 20261128
 DIM = 32
@@ -25,16 +25,28 @@ def turned(bias: torch.Tensor, angles: torch.Tensor, interleaved: bool, position
     return out
 
 
+def doubling(longest: int) -> list[int]:
+    return [n for n in (512, 1024, 2048, 4096, 8192, 16384, 32768) if n < longest] + [longest]
+
+
+def test_lengths_of_contexts():
+    for longest in (1, 511, 512, 513, 1000, 1024, 32767, 32768):
+        assert context_lengths(longest) == doubling(longest)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("width", [DIM, DIM // 2, 2])
-@pytest.mark.parametrize("positions", [1, 2, 100, MOST_POSITIONS + 9000])
-def test_the_rotated_bias_less_its_mean(interleaved, width, positions):
+@pytest.mark.parametrize(
+    ("positions", "served"), [(1, 1), (100, 2), (900, 5000), (MOST_POSITIONS + 9000, 600), (4096, 100)]
+)
+def test_the_rotated_bias_less_its_mean(interleaved, width, positions, served):
     generator = torch.Generator().manual_seed(SEED + positions)
     bias = torch.randn(DIM, generator=generator) * 10
     angles = 1e4 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    keys = turned(bias, angles, interleaved, positions)
-    wanted = (keys - keys[:MOST_POSITIONS].mean(0)).square().sum(1).mean().sqrt().item()
-    found = left_of(bias.tolist(), Rotary(tuple(angles.tolist()), interleaved, positions))
+    keys = turned(bias, angles, interleaved, max(positions, served))
+    c = torch.stack([keys[:n].mean(0) for n in doubling(min(positions, MOST_POSITIONS))]).mean(0)
+    wanted = max((keys[:n] - c).square().sum(1).mean().sqrt().item() for n in doubling(served))
+    found = left_of(bias.tolist(), Rotary(tuple(angles.tolist()), interleaved, positions, served))
     assert found == pytest.approx(wanted, rel=1e-6, abs=1e-5)
 
 
@@ -66,5 +78,6 @@ SLOW = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
 )  # fmt: skip
 def test_rotary_embeddings_of_configurations(text, base, pairs, interleaved):
     found = rotary_of(text, DIM, 77)
-    assert (len(found.angles), found.interleaved, found.positions) == (pairs, interleaved, 77)
+    assert (len(found.angles), found.interleaved, found.positions, found.served) == (pairs, interleaved, 77, 77)
+    assert rotary_of(text | {"max_position_embeddings": 5000}, DIM, 77).positions == 5000
     assert found.angles == pytest.approx([base ** (-i / pairs) for i in range(pairs)])

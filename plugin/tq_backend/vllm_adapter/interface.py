@@ -332,11 +332,11 @@ NEEDS = (
         for module in ("base_loader", "weight_cache.ipc_loader")
     ),
     Need(
-        f"{LOADER}utils:process_weights_after_loading", Kind.BEGINS, ("model", "model_config"),
+        f"{LOADER}utils:process_weights_after_loading", Kind.BEGINS, ("model",),
         "to see a model with its weights", Without.OFFSET,
     ),
     Need(
-        f"{LOADER}reload.layerwise:finalize_layerwise_processing", Kind.BEGINS, ("model", "model_config"),
+        f"{LOADER}reload.layerwise:finalize_layerwise_processing", Kind.BEGINS, ("model",),
         "to see a model whose weights were loaded again", Without.OFFSET,
     ),
     Need(

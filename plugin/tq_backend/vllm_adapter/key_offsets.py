@@ -1,6 +1,6 @@
 """Static key offsets: of each layer the vector that its keys have in common, from the weights of a loaded model.
 
-A bias b of the key projection is R(j) b in the key of token j, R(j) being the rotary embedding. c, its mean over the served positions, may
+A bias b of the key projection is R(j) b in the key of token j, R(j) being the rotary embedding. c, its mean (static_offset.py says which), may
 be taken from all keys of a head: q.c is one number for all tokens that a query sees, so the softmax stays as it is, whatever c is. What c
 leaves is what the quantizer sees: |b|^2 - |c|^2 of |b|^2 in the mean. Both b and R(j) are asked of the engine's own modules, so
 tensor parallelism, quantized weights, scaled, partial and interleaved rotary embeddings are as they are in its forward pass.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from tq_backend.names import LOGGER
-from tq_backend.static_offset import MOST_POSITIONS
+from tq_backend.static_offset import MOST_POSITIONS, context_lengths
 from tq_backend.vllm_adapter import formats
 from tq_backend.vllm_adapter.coverage import named
 
@@ -67,11 +68,10 @@ def key_bias(projection: torch.nn.Module, num_kv_heads: int, head_dim: int) -> t
     return row[first : first + num_kv_heads * head_dim].reshape(num_kv_heads, head_dim)
 
 
-def mean_rotated(rotary: torch.nn.Module, bias: torch.Tensor, positions: int) -> torch.Tensor:
-    """Of R(j) bias over j in [0, positions), [heads, head_dim] as bias; over as many positions as the embedding knows, if those are fewer:
-    the engine may be told a longer model, and on a GPU an index beyond ends the process."""
+def mean_rotated(rotary: torch.nn.Module, bias: torch.Tensor) -> torch.Tensor:
+    """Of R(j) bias, [heads, head_dim] as bias, over the positions that the embedding knows: on a GPU an index beyond ends the process."""
     table = getattr(rotary, "cos_sin_cache", None)
-    positions = min(positions, rotary.max_position_embeddings if table is None else len(table))
+    lengths = context_lengths(min(MOST_POSITIONS, rotary.max_position_embeddings if table is None else len(table)))
     stand_in = copy.copy(
         rotary
     )  # a call in another dtype replaces the buffer, and a captured CUDA graph reads the old one
@@ -82,15 +82,19 @@ def mean_rotated(rotary: torch.nn.Module, bias: torch.Tensor, positions: int) ->
     rotate = getattr(stand_in, "forward_native", stand_in.forward)
     heads, dim = bias.shape
     total = torch.zeros(heads, dim, dtype=torch.float64, device=bias.device)
-    for first in range(0, positions, STEP):
-        index = torch.arange(first, min(first + STEP, positions), device=bias.device)
+    mean = torch.zeros_like(total)
+    borders = sorted({0, *lengths, *range(0, lengths[-1], STEP)})
+    for first, last in itertools.pairwise(borders):
+        index = torch.arange(first, last, device=bias.device)
         keys = bias.reshape(1, -1).repeat(len(index), 1)
         _, rotated = rotate(index, keys.clone(), keys)
         total += rotated.reshape(len(index), heads, dim).sum(0, dtype=torch.float64)
-    return (total / positions).float()
+        if last in lengths:
+            mean += total / (last * len(lengths))
+    return mean.float()
 
 
-def offset_of(modules: dict[str, torch.nn.Module], name: str, positions: int) -> torch.Tensor | None:
+def offset_of(modules: dict[str, torch.nn.Module], name: str) -> torch.Tensor | None:
     """Of one attention layer; None if it has no key bias, or none that is worth it. Raises NoOffset."""
     from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
@@ -118,13 +122,13 @@ def offset_of(modules: dict[str, torch.nn.Module], name: str, positions: int) ->
         raise NoOffset("its bias is not finite")
     if not bool((norms > LEAST_NORM).any()):
         return None
-    offset = mean_rotated(rotaries[0], bias, positions) if rotaries else bias
+    offset = mean_rotated(rotaries[0], bias) if rotaries else bias
     found = offset.norm(dim=-1)
     return offset if bool(((found > LEAST_NORM) & (found > LEAST_SHARE * norms)).any()) else None
 
 
 @torch.no_grad()
-def of_network(network: torch.nn.Module, max_model_len: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def of_network(network: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Of each attention layer for which it is worth it [num_kv_heads, head_dim] in float32, with this rank's heads; and why layers get none
     that might be worth it."""
     from vllm.model_executor.layers.attention import Attention
@@ -139,7 +143,7 @@ def of_network(network: torch.nn.Module, max_model_len: int) -> tuple[dict[str, 
         if layer.impl.kv_sharing_target_layer_name is not None:
             continue  # it has no keys of its own
         try:
-            offset = offset_of(modules, name, min(max_model_len, MOST_POSITIONS))
+            offset = offset_of(modules, name)
             if offset is not None and (not is_invariant(layer.impl) or layer.layer_name in read_otherwise):
                 raise NoOffset("sinks or a soft cap see what is taken from all scores")
         except NoOffset as error:
@@ -162,20 +166,24 @@ def subtracting(ours: type, network: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def arguments_of(own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
-    """The model and its configuration, by whatever way they were given."""
-    given = inspect.signature(own).bind(*args, **kwargs).arguments
-    return given["model"], given["model_config"]
+def network_of(own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> torch.nn.Module:
+    """The model, by whatever way it was given."""
+    return inspect.signature(own).bind(*args, **kwargs).arguments["model"]
+
+
+def offsets_after(
+    ours: type, own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
+    """What vLLM's own function gave; and by layer the implementations that want an offset, their offsets, and why layers get none."""
+    result = own(*args, **kwargs)
+    network = network_of(own, args, kwargs)
+    impls = subtracting(ours, network)
+    return result, impls, *(of_network(network) if impls else ({}, {}))
 
 
 def loaded(ours: type, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """process_weights_after_loading with ours behind it: each implementation that wants an offset gets it."""
-    result = own(*args, **kwargs)
-    network, model_config = arguments_of(own, args, kwargs)
-    impls = subtracting(ours, network)
-    if not impls:
-        return result
-    offsets, reasons = of_network(network, model_config.max_model_len)
+    result, impls, offsets, reasons = offsets_after(ours, own, args, kwargs)
     for name in impls.keys() & offsets.keys():
         impls[name].key_offset = offsets[name]
     if with_offset := sorted(impls.keys() & offsets.keys()):
@@ -195,12 +203,7 @@ def reloaded(ours: type, own: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """finalize_layerwise_processing with ours behind it. A captured CUDA graph reads the same memory, and stores what it stored before: an
     offset is written in place, and no layer gets its first one here. A key that is left in a page from before lacks the old bias' mean as the new
     keys lack the new one's, so it is nearer to what the new weights would have made of it than it was."""
-    result = own(*args, **kwargs)
-    network, model_config = arguments_of(own, args, kwargs)
-    impls = subtracting(ours, network)
-    if not impls:
-        return result
-    offsets, _ = of_network(network, model_config.max_model_len)
+    result, impls, offsets, _ = offsets_after(ours, own, args, kwargs)
     for name, impl in impls.items():
         if impl.key_offset is not None:
             impl.key_offset.copy_(offsets[name]) if name in offsets else impl.key_offset.zero_()

@@ -18,7 +18,7 @@ class Options:
     # Of the pages, where it is not the one that the cache dtype names.
     format: str | None = None
     # Layers that keep the native cache; None leaves vLLM's choice (the first and last two of a dense model) with the formats that
-    # cache dtypes name, and none with the others, which need none.
+    # cache dtypes name, and with the others those whose key bias they do not hold.
     skip_layers: tuple[str, ...] | None = None
     # How a prefill reads its own chunk: "raw", as it came, or "compressed", from pages. None: raw on GPUs, compressed on CPUs.
     current: str | None = None
