@@ -17,6 +17,7 @@ from tq_backend._library import native
 from tq_backend.cli import reads, simulated
 from tq_backend.cli.engine import counters
 from tq_backend.cli.heldout import windows_of
+from tq_backend.cli.peers import PEERS
 from tq_backend.cli.reads import attention_layers, check_all_compressed
 from tq_backend.cli.scores import compare
 from tq_backend.names import is_ours
@@ -98,7 +99,7 @@ def test_the_simulated_fp8_cache_is_vllms(monkeypatch):
         with simulated.stored_through(engine, simulated.unit_scale):
             ours = engine.prefill(windows[0])
         again = engine.prefill(windows[0])
-        num_bytes = simulated.bytes_per_token(engine)
+        num_bytes = simulated.bytes_per_token(engine, simulated.FP8)
     assert torch.equal(base, again), "the hooks must be gone"
     with running(None, kv_cache_dtype="fp8") as engine:
         real = engine.prefill(windows[0])
@@ -128,23 +129,24 @@ def test_a_foreign_model_is_evaluated(foreign, tmp_path):
     text = tmp_path / "words.txt"
     text.write_text("".join(chr(33 + (i * i + i // 7) % 90) for i in range(2000)))
     done = tq_eval(
-        "--text", "code", str(text), "--formats", "fp8", DTYPE, "--windows", "3", "--window", "256",
+        "--text", "code", str(text), "--formats", "fp8", *PEERS, DTYPE, "--windows", "3", "--window", "256",
         "--needles", "300", "--keys", "2", "--greedy", "--skip-layers", "0", "5", "--json", str(tmp_path / "out.json"),
         "--plot", str(tmp_path / "out.svg"), model=foreign,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = json.loads((tmp_path / "out.json").read_text())
     found = {(row["text"], row["cache"]): row for row in rows}
-    assert len(found) == len(rows) == 2 * 3
+    assert len(found) == len(rows) == 2 * (3 + len(PEERS))
     for name in ("code", str(text)):
         bf16, fp8, four = (found[name, cache] for cache in ("bf16", "fp8", DTYPE))
         assert bf16["kl"] == 0 and bf16["top1"] == 1 and bf16["bytes_per_token"] == 6 * 2 * 2 * 32 * 2
         assert fp8["bytes_per_token"] * 2 == bf16["bytes_per_token"] and fp8["note"].startswith("simulated, ")
         assert 0 < fp8["kl"] < four["kl"] and 0 < four["top1"] < 1
+        assert all(found[name, peer]["kl"] > fp8["kl"] and found[name, peer]["note"] == "simulated" for peer in PEERS)
         assert four["skip_layers"] == [0, 5] and four["against"]["format"] == "fp8"
         native_bytes, own_bytes = 2 * 2 * 2 * 32 * 2, 4 * 2 * (16 + 2 + 16 + 4)
         assert four["bytes_per_token"] == native_bytes + own_bytes
         assert four["kl_se"] > 0 and len(four["window_kl"]) == 3 and 0 <= four["greedy"] <= 200
         assert four["needles"]["300"].endswith("/2")
-    assert (tmp_path / "out.svg").read_text().count("<circle") == 2 * 2
+    assert (tmp_path / "out.svg").read_text().count("<circle") == 2 * (2 + len(PEERS))
     assert "start of an engine" in done.stderr  # progress

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from tq_backend.cli import pareto, reads, scores, simulated, tasks
+from tq_backend.cli import pareto, peers, reads, scores, simulated, tasks
 from tq_backend.cli.main import main
 
 SEED = 20261128
@@ -91,6 +91,75 @@ def test_fp8_is_the_nearest_number_of_its_own():
         nearest = (exact[:, None] - numbers).abs().amin(-1)
         assert ((got - exact).abs() <= nearest + 1e-6 * exact.abs()).all()
     assert simulated.rounded(torch.tensor([874.0]), 1.0).item() == 448.0  # saturated, not a NaN
+
+
+def vectors(dim: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(SEED + dim)
+    sizes = 10 ** torch.empty(400, 1).uniform_(-3, 3, generator=generator)
+    x = torch.randn(400, dim, generator=generator) * sizes
+    x[7], x[8, : dim // 2] = 0.0, 0.0
+    return x
+
+
+def sylvester(dim: int) -> torch.Tensor:
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < dim:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h
+
+
+FP4 = sorted({s * m for s in (1, -1) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)})
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_nvfp4_takes_the_nearest_number_in_each_block(dim):
+    x = vectors(dim)
+    got = peers.nvfp4(x)
+    for row, out in zip(
+        x.unflatten(-1, (-1, 16)).flatten(0, 1), got.unflatten(-1, (-1, 16)).flatten(0, 1), strict=True
+    ):
+        scale = (row.abs().max() / 6).clamp(max=448).to(torch.float8_e4m3fn).double()
+        nearest = (row.double()[:, None] - torch.tensor(FP4, dtype=torch.float64) * scale).abs().amin(-1)
+        torch.testing.assert_close((row.double() - out.double()).abs(), nearest, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_int4_has_sixteen_even_steps_of_the_rotated_vector(dim):
+    from vllm.v1.attention.ops.int4_per_token_head import single_rht
+
+    h = sylvester(dim)
+    signs = single_rht(torch.eye(dim), inverse=False)[:, 0].double()  # the first row of H has ones only
+    x = vectors(dim)
+    turned, out = (y.double() * signs @ h for y in (x, peers.int4_per_token_head(x)))
+    step = (turned.amax(-1) - turned.amin(-1)) / 15
+    assert (
+        (out - turned).abs().amax(-1) <= 1.001 * step + 1e-4
+    ).all()  # half a step of the code and half of the zero point
+    assert all(len(row.mul(2**12).round().unique()) <= 16 for row in out / step[:, None].clamp(min=1e-9))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_ultraquant_rotates_keys_and_not_values(dim):
+    """A vector with one element: as a value nothing else comes out; as a key it is spread evenly, all in one step of FP4."""
+    x = torch.zeros(1, dim)
+    x[0, 5] = 8.0
+    value, key = peers.ultraquant_4bit(x, False), peers.ultraquant_4bit(x, True)
+    assert value.count_nonzero() == 1 and abs(value[0, 5] - 8) <= 2  # 0.156 * 8 becomes 1, whose largest number is 6
+    assert (key - x).norm() < 0.3 * x.norm()
+    x = vectors(dim)
+    for rotate in (False, True):  # FP4 with powers of two as scales
+        error = (peers.ultraquant_4bit(x, rotate) - x).square().sum(-1) / x.square().sum(-1).clamp(min=1e-30)
+        assert 0.005 < error.mean() < 0.03
+
+
+def test_bytes_of_other_caches():
+    """vLLM's own sizes: 136 bytes of UltraQuant (format.py), nvfp4_kv_cache_full_dim, and a float for each int4 vector."""
+    from vllm.utils.torch_utils import nvfp4_kv_cache_full_dim
+
+    sizes = {name: of_vector for name, (_, _, of_vector) in peers.PEERS.items()}
+    assert 2 * sizes["ultraquant_4bit"](128) == 136 and 2 * sizes["ultraquant_4bit"](256) == 272
+    assert all(sizes["nvfp4"](dim) == nvfp4_kv_cache_full_dim(dim) for dim in (64, 128, 256))
+    assert sizes["int4_per_token_head"](128) == 64 + 4
 
 
 def test_agreement_ends_at_the_first_difference():

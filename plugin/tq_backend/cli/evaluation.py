@@ -52,8 +52,8 @@ class Evaluation:
     def _total(self) -> int:
         """Tokens run through the model and positions scored."""
         wanted = self.wanted
-        compressed = sum(name != simulated.FP8 for name in wanted.formats)
-        passes = 1 + compressed + 2 * (len(wanted.formats) - compressed)
+        compressed = sum(name not in simulated.SIMULATED for name in wanted.formats)
+        passes = 1 + len(wanted.formats) + (simulated.FP8 in wanted.formats)
         per_pass = 2 * wanted.windows * wanted.window * len(wanted.texts)
         tasks = sum(wanted.keys * (length + ANSWER_TOKENS) for length in wanted.needles)
         tasks += wanted.greedy * wanted.windows * wanted.window * len(wanted.texts)
@@ -105,7 +105,7 @@ class Evaluation:
         """A row as soon as it is measured: first bf16's, then those of the format to compare with."""
         with self.progress:
             yield from self._native()
-            rest = [name for name in self.wanted.formats if name != simulated.FP8]
+            rest = [name for name in self.wanted.formats if name not in simulated.SIMULATED]
             for name in sorted(rest, key=lambda name: name != self.wanted.against):
                 yield from self._compressed(name)
 
@@ -126,19 +126,19 @@ class Evaluation:
                 if self.wanted.greedy:
                     self.base_greedy[text] = self._greedy(engine, text)
                 yield self._done(row)
-            if simulated.FP8 in self.wanted.formats:
-                yield from self._fp8(engine, amax)
+            for name in simulated.SIMULATED:  # fp8 first, which others are compared with
+                if name in self.wanted.formats:
+                    yield from self._simulated(name, engine, amax)
 
-    def _fp8(self, engine: Engine, amax: simulated.Amax) -> Iterator[Row]:
-        self.progress.set_description(simulated.FP8)
-        scales = {"scale 1.0": simulated.unit_scale, "calibrated scales": simulated.calibrated(amax)}
+    def _simulated(self, name: str, engine: Engine, amax: simulated.Amax) -> Iterator[Row]:
+        self.progress.set_description(name)
+        size = simulated.bytes_per_token(engine, name)
         for text in self.windows:
             found = []
-            for note, change in scales.items():
+            for note, change in simulated.ways(name, amax).items():
                 with simulated.stored_through(engine, change):
                     scores = self._scores(engine, text)
-                size = simulated.bytes_per_token(engine)
-                found.append(self._row(text, simulated.FP8, size, scores, note=f"simulated, {note}"))
+                found.append(self._row(text, name, size, scores, note=note))
             yield self._done(min(found, key=lambda row: row.kl))
 
     def _compressed(self, name: str) -> Iterator[Row]:

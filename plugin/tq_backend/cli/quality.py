@@ -21,6 +21,7 @@ from tq_backend.cli.arguments import parse_format, parse_positive
 from tq_backend.cli.engine import own_context
 from tq_backend.cli.evaluation import Evaluation, Wanted
 from tq_backend.cli.heldout import CODE, PROSE
+from tq_backend.cli.peers import PEERS
 from tq_backend.cli.read_config import config_file
 from tq_backend.cli.results import write_results
 from tq_backend.cli.rows import HEAD, Row, line_of
@@ -90,7 +91,7 @@ def evaluate(
 
 
 def parse_cache(text: str) -> str:
-    return text if text == simulated.FP8 else parse_format(text)
+    return text if text in simulated.SIMULATED else parse_format(text)
 
 
 def parse_layer(text: str) -> int | str:
@@ -111,8 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_cache,
         default=names,
         metavar="NAME",
-        help=f"{', '.join(names)} (these by default), and {simulated.FP8}: e4m3, simulated, the better of scale 1.0 and calibrated "
-        "scales",
+        help=f"{', '.join(names)} (these by default); simulated, {simulated.FP8} (e4m3, the better of scale 1.0 and calibrated "
+        f"scales) and {', '.join(PEERS)}",
     )
     parser.add_argument(
         "--text",

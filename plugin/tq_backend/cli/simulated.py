@@ -1,6 +1,6 @@
-"""An fp8 cache simulated in an engine with a native one: what is stored is rounded first, so attention reads what fp8 would give.
+"""Other caches simulated in an engine with a native one: what is stored is rounded first, so attention reads what they would give.
 
-e4m3 with one scale per layer for keys and one for values: 1.0, as vLLM has it by default, or calibrated, the largest element of
+fp8 is e4m3 with one scale per layer for keys and one for values: 1.0, as vLLM has it by default, or calibrated, the largest element of
 what is measured on being the largest number. Simulated, because vLLM's CPU engine has fp8 caches on some instruction sets only and
 cuts bits off where GPUs round to the nearest, which is four times the KL. Queries are not rounded, as some GPU kernels do.
 """
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from tq_backend.cli.peers import PEERS
 from tq_backend.cli.reads import attention_layers
 
 FP8 = "fp8"
+SIMULATED = (FP8, *PEERS)
 LARGEST = 448.0  # of e4m3
 Amax = dict[str, tuple[float, float]]  # a layer's largest |key| and |value|
 Rounding = Callable[[str, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -70,9 +72,18 @@ def calibrated(amax: Amax) -> Rounding:
     return change
 
 
-def bytes_per_token(engine: Any) -> int:
+def ways(name: str, amax: Amax) -> dict[str, Rounding]:
+    """Under a note each, the ways to store a cache that is simulated; the better one counts."""
+    if name == FP8:
+        return {"simulated, scale 1.0": unit_scale, "simulated, calibrated scales": calibrated(amax)}
+    of_key, of_value, _ = PEERS[name]
+    return {"simulated": lambda _layer, key, value: (of_key(key), of_value(value))}
+
+
+def bytes_per_token(engine: Any, name: str) -> int:
+    of_vector = (lambda dim: dim) if name == FP8 else PEERS[name][2]
     return sum(
-        layer.num_kv_heads * (layer.head_size + layer.head_size_v)
+        layer.num_kv_heads * (of_vector(layer.head_size) + of_vector(layer.head_size_v))
         for layer in attention_layers(engine).values()
         if layer.kv_sharing_target_layer_name is None
     )
