@@ -132,9 +132,9 @@ def test_int4_has_sixteen_even_steps_of_the_rotated_vector(dim):
     x = vectors(dim)
     turned, out = (y.double() * signs @ h for y in (x, peers.int4_per_token_head(x)))
     step = (turned.amax(-1) - turned.amin(-1)) / 15
-    assert (
-        (out - turned).abs().amax(-1) <= 1.001 * step + 1e-4
-    ).all()  # half a step of the code and half of the zero point
+    steps_off = (out - turned).abs() / step.clamp(min=1e-6)[:, None]
+    assert (steps_off <= 1.01).all()  # half a step of the code, and at an end half a step of the zero point
+    assert (steps_off <= 0.51).double().mean() > 0.95
     assert all(len(row.mul(2**12).round().unique()) <= 16 for row in out / step[:, None].clamp(min=1e-9))
 
 
