@@ -1,11 +1,12 @@
 """The vLLM engine on a GPU with bf16, fp8, in-tree TurboQuant and our cache: decode steps, and greedy text of the small model.
 
-    python tests/bench/gpu_engine.py [--json OUT] [--caches NAME...] [--contexts N...]
+    python tests/bench/gpu_engine.py [--json OUT] [--caches NAME...] [--formats NAME...] [--contexts N...]
     python tests/bench/gpu_engine.py --generate OUT [--against OUT_OF_ANOTHER_MACHINE]
 
 Steps: a Llama of 8 layers with random weights (32 query heads, 8 KV heads, head_dim 128), decode in FULL CUDA graphs, no
 torch.compile. A step is one of the engine, the host's part included, in which all cached prompts decode a token. Each cache runs
-in a process of its own; both TurboQuant ones compress every layer, and ours runs with the plugin on, all others with it off.
+in a process of its own, ours and vLLM's TurboQuant once for each format that they have; these compress every layer, and ours run with
+the plugin on, all others with it off.
 
 Text: four prompts of tests/engine, prefilled in chunks of 256 tokens, then decoded together. Runs on a CPU too; with --against
 the prompts are those of that file, and the differences are printed. Log probabilities over a compressed cache differ by some
@@ -27,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_timing import gpu_name
+from tq_backend.cli.engine import cache_dtype, format_option
 from tq_backend.cli.heldout import load_tokenizer
 from tq_backend.cli.results import Figure, machine, write_results
+from tq_backend.names import is_ours
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-code-lm"
@@ -77,10 +80,11 @@ def cache_options(cache: str, kv_format: str) -> dict[str, Any]:
     if cache in ("bf16", "fp8"):
         return {"kv_cache_dtype": "auto" if cache == "bf16" else "fp8"}
     compress_every_layer()
+    options = {"turboquant": {"skip_layers": []} | format_option(kv_format)}
     return {
-        "kv_cache_dtype": kv_format,
+        "kv_cache_dtype": cache_dtype(kv_format),
         "attention_backend": "TURBOQUANT",
-        "additional_config": {"turboquant": {"skip_layers": []}} if cache == "ours" else {},
+        "additional_config": options if cache == "ours" else {},
     }
 
 
@@ -153,7 +157,7 @@ def measure_steps(cache: str, kv_format: str, batch: int, contexts: list[int]) -
         )  # fmt: skip
     check_what_runs(llm, cache, graphs=True)
     cache_config = llm.llm_engine.vllm_config.cache_config
-    name = f"{cache} {kv_format}" if cache in ("in-tree", "ours") else cache
+    name = f"{cache} {kv_format}".strip()
     tokens = cache_config.num_gpu_blocks * cache_config.block_size
     figures = [Figure(f"KV tokens in {MEMORY:.0%} of the GPU, {name}", tokens, "tokens")]
 
@@ -168,10 +172,10 @@ def measure_steps(cache: str, kv_format: str, batch: int, contexts: list[int]) -
     return figures, gpu_name()
 
 
-def in_own_process(cache: str, args: argparse.Namespace) -> tuple[list[Figure], str]:
+def in_own_process(cache: str, kv_format: str, args: argparse.Namespace) -> tuple[list[Figure], str]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "figures.json"
-        command = [sys.executable, __file__, "--only", cache, "--json", found, "--format", args.format]
+        command = [sys.executable, __file__, "--only", cache, "--json", found, "--formats", kv_format]
         command += ["--batch", args.batch, "--contexts", *args.contexts]
         plugins = "tq_backend" if cache == "ours" else ""
         subprocess.run([str(word) for word in command], check=True, env=os.environ | {"VLLM_PLUGINS": plugins})
@@ -181,21 +185,23 @@ def in_own_process(cache: str, args: argparse.Namespace) -> tuple[list[Figure], 
 
 def with_baselines(figures: dict[str, list[Figure]]) -> list[Figure]:
     """All figures; ours say what the other caches reached."""
-    for ours in figures.get("ours", []):
+    for ours in (row for name, rows in figures.items() if name.startswith("ours") for row in rows):
         kind, shape = ours.figure.split(",")[0], ours.figure.split(",")[2:]
         others = [
             f"{cache} {row.value:g}"
             for cache, rows in figures.items()
             for row in rows
-            if cache != "ours" and row.figure.split(",")[0] == kind and row.figure.split(",")[2:] == shape
+            if not cache.startswith("ours") and row.figure.split(",")[0] == kind and row.figure.split(",")[2:] == shape
         ]
         ours.baseline = "; ".join(filter(None, [", ".join(others), ours.baseline]))
         if kind == "decode step" and shape[-1:] == [f" context {BAR_CONTEXT}"]:
             most = [
-                row.value / STEP_BARS[cache]
-                for cache in STEP_BARS
-                for row in figures.get(cache, [])
-                if row.figure.split(",")[0] == kind and row.figure.split(",")[2:] == shape
+                row.value / STEP_BARS[name.split()[0]]
+                for name, rows in figures.items()
+                for row in rows
+                if name.split()[0] in STEP_BARS
+                and row.figure.split(",")[0] == kind
+                and row.figure.split(",")[2:] == shape
             ]
             ours.bar = f"<= {min(most):.2f}" if most else ""
     return [row for rows in figures.values() for row in rows]
@@ -204,11 +210,14 @@ def with_baselines(figures: dict[str, list[Figure]]) -> list[Figure]:
 def steps(args: argparse.Namespace) -> int:
     figures: dict[str, list[Figure]] = {}
     gpu, failed = "", []
-    for cache in args.caches:
+    formats = {"in-tree": [name for name in args.formats if is_ours(name)], "ours": args.formats}
+    runs = [(cache, kv_format) for cache in args.caches for kv_format in formats.get(cache, [""])]
+    for cache, kv_format in runs:
+        name = f"{cache} {kv_format}".strip()
         try:
-            figures[cache], gpu = in_own_process(cache, args)
+            figures[name], gpu = in_own_process(cache, kv_format, args)
         except subprocess.CalledProcessError as error:
-            failed.append(f"{cache} (exit code {error.returncode})")
+            failed.append(f"{name} (exit code {error.returncode})")
         if args.json and figures:  # after each: a lent machine may not last
             write_results(args.json, [row for found in figures.values() for row in found], gpu)
     rows = with_baselines(figures)
@@ -244,7 +253,7 @@ def generate_from(prompts: list[list[int]], other: dict[str, Any] | None, args: 
 
     on_gpu = torch.cuda.is_available()
     graphs = on_gpu and not args.eager
-    options = cache_options("ours", args.format)
+    options = cache_options("ours", args.formats[0])
     options["additional_config"]["turboquant"]["current"] = "compressed"  # as on a CPU
     llm = LLM(
         model=str(MODEL), skip_tokenizer_init=True, dtype=args.dtype, max_model_len=1024, max_num_seqs=8,
@@ -262,7 +271,12 @@ def generate_from(prompts: list[list[int]], other: dict[str, Any] | None, args: 
         values = [said[i][token].logprob for i, token in enumerate(ids)]
         outputs.append({"tokens": ids, "logprobs": values, "text": tokenizer.decode(ids)})
     where = torch.cuda.get_device_name() if on_gpu else machine()
-    about = {"machine": where, "format": "raw_f32" if args.raw else args.format, "dtype": args.dtype, "graphs": graphs}
+    about = {
+        "machine": where,
+        "format": "raw_f32" if args.raw else args.formats[0],
+        "dtype": args.dtype,
+        "graphs": graphs,
+    }
     args.generate.write_text(json.dumps(about | {"prompts": prompts, "outputs": outputs}, indent=1) + "\n")
     for prompt, output in zip(prompts, outputs, strict=True):
         print(f"{len(prompt)} tokens -> {output['text']!r}\n  " + " ".join(f"{x:.4f}" for x in output["logprobs"]))
@@ -288,7 +302,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
-    parser.add_argument("--format", default="turboquant_4bit_nc", help="of both TurboQuant caches")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=["turboquant_4bit_nc"],
+        help="of both TurboQuant caches; --generate takes the first",
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--contexts", nargs="+", type=int, default=[8192, 32000])
     parser.add_argument("--only", choices=CACHES, help=argparse.SUPPRESS)
@@ -305,7 +324,7 @@ def main() -> int:
         return generate(args)
     if not args.only:
         return steps(args)
-    figures, gpu = measure_steps(args.only, args.format, args.batch, args.contexts)
+    figures, gpu = measure_steps(args.only, args.formats[0], args.batch, args.contexts)
     args.json.write_text(json.dumps({"figures": [vars(figure) for figure in figures], "gpu": gpu}))
     return 0
 
