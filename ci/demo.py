@@ -28,6 +28,7 @@ os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "1")
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
+from tq_backend._library import native  # noqa: E402
 from tq_backend.cli.engine import KV_CACHE_BYTES, Engine, counters  # noqa: E402
 from tq_backend.cli.heldout import heldout_tokens, load_tokenizer, retrieval_prompt  # noqa: E402
 from tq_backend.cli.plan import plan  # noqa: E402
@@ -35,7 +36,8 @@ from tq_backend.cli.read_config import read_file  # noqa: E402
 from tq_backend.cli.scores import compare  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-FORMATS = [None, "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"]
+FORMATS = [None, *(row["name"] for row in native().formats() if not row["test_only"])]
+SHOWN = "tq_8"  # whose text is printed
 
 
 def retrieved(engine: Engine) -> int:
@@ -111,7 +113,8 @@ def main() -> None:
             f"{row['cache']:20s} {row['bytes_per_token']:8d} {row['kv_tokens']:14d} {row['perplexity']:11.3f} {row['kl']:11.4f} "
             f"{row['keys_retrieved']:10d} {row['tokens_per_second']:9.0f}"
         )
-    print(f"\nturboquant_4bit_nc continues the held-out code with: {rows[2]['text']!r}")
+    shown = next(row for row in rows if row["cache"] == SHOWN)
+    print(f"\n{SHOWN} continues the held-out code with: {shown['text']!r}")
     OUT.mkdir(exist_ok=True)
     (OUT / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
     plot(rows)
