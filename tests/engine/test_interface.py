@@ -213,10 +213,18 @@ def test_page_sizes_are_left_to_vllm(asking, need, name):
     assert len(left) == 1 and name in left[0], said
 
 
+@pytest.mark.parametrize(("need", "name"), cases(Without.EARLY))
+def test_a_model_from_a_hub_is_read_when_it_is_loaded(asking, monkeypatch, need, name):
+    monkeypatch.setattr(asking.model_config, "model", "of/a-hub")
+    monkeypatch.setattr(asking.model_config.hf_text_config, "attention_bias", True, raising=False)
+    take_away(monkeypatch, need, name)
+    assert accuracy.native_by_default("tq_4", asking.load_config, asking.model_config) == []
+
+
 @pytest.mark.parametrize(("need", "name"), cases(Without.NOTICE))
 def test_a_model_is_not_named(asking, monkeypatch, need, name):
     given = {"model.layers.0.self_attn.attn": specs()["full"]}
-    monkeypatch.setattr(key_bias, "read", lambda _folder, _heads: [key_bias.KeyBias(0, 900.0, 800.0)])
+    monkeypatch.setattr(key_bias, "read", lambda _folder, _heads: [key_bias.KeyBias(0, 900.0, 800.0, 900.0)])
     monkeypatch.setattr(asking.model_config, "model", "of/a-hub")  # so that all is read
     assert "key bias 900 in layer 0" in accuracy.line(asking, given)
     with pytest.MonkeyPatch.context() as patch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from engines import MODEL, attention_layers, running
 from safetensors.torch import load_file, save_file
 from tq_backend.cli.heldout import CODE, windows_of
 from tq_backend.vllm_adapter import accuracy, page_plan
+from transformers import AutoConfig
 
 TOKENS = 256
 OPTIONS = {"context": TOKENS, "dtype": "float32"}
@@ -118,8 +120,47 @@ def test_what_keeps_no_layer_native(turning, biased):
             assert native_layers(engine) == [], kv_format
 
 
+def test_a_model_from_a_hub_comes_when_its_configuration_is_made(turning, tmp_path, monkeypatch):
+    """As huggingface_hub lays its cache out: the configuration is there, and the weights come when they are asked for."""
+    from huggingface_hub import constants
+    from vllm.model_executor.model_loader import weight_utils
+
+    folder = tmp_path / "models--some--model"
+    snapshot = folder / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    shutil.copy(turning / "config.json", snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def download(name, cache_dir, allow_patterns, revision=None):
+        asked.append((name, cache_dir, allow_patterns))
+        shutil.copy(turning / "model.safetensors", snapshot)
+
+    monkeypatch.setattr(weight_utils, "download_weights_from_hf", download)
+    model = SimpleNamespace(
+        model="some/model", revision=None, hf_text_config=AutoConfig.from_pretrained(turning), max_model_len=TOKENS,
+        get_head_size=lambda: 128, get_total_num_kv_heads=lambda: 2,
+    )  # fmt: skip
+
+    def native(kv_format: str, load_format: str) -> list[int]:
+        arguments = SimpleNamespace(load_format=load_format, download_dir=str(tmp_path))
+        return accuracy.native_by_default(kv_format, arguments, model)
+
+    assert native("tq_8", "auto") == native("tq_4", "runai_streamer") == [] and not asked
+    assert native("tq_4", "auto") == [TURNING_LAYER]
+    assert asked == [("some/model", str(tmp_path), ["*.safetensors"])]
+    (snapshot / "model.safetensors").unlink()
+    monkeypatch.setattr(weight_utils, "download_weights_from_hf", lambda *_: 1 / 0)
+    assert native("tq_4", "auto") == []
+    monkeypatch.setattr(model.hf_text_config, "attention_bias", False)
+    monkeypatch.setattr(weight_utils, "download_weights_from_hf", lambda *_: pytest.fail("this model has no bias"))
+    assert native("tq_4", "auto") == []
+
+
 def test_a_model_whose_weights_come_later_starts_and_is_named(turning, said, monkeypatch):
-    """As one from a hub, when its configuration is made."""
+    """As one from a hub whose weights cannot be had when its configuration is made."""
     with monkeypatch.context() as patch:
         patch.setattr(accuracy, "native_by_default", lambda *_: [])
         log_probs(turning, "tq_4", [], skip_layers=None)

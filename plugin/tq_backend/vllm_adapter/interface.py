@@ -30,7 +30,8 @@ class Without(enum.Enum):
     IMAGES = "a model whose images see each other is refused"
     PREFILL = "prefills run by our own kernel, which reads the current chunk from pages; one warning line"
     PAGES = "vLLM plans the page sizes; one warning line"
-    NOTICE = "a model on which a preset is known to lose accuracy is not named"
+    NOTICE = "a model on which a format is known to lose accuracy is not named, and the layers that one of ours does not hold are compressed"
+    EARLY = "a model that is still to come from a hub has all layers compressed at its first start; a line names it if it matters"
     OFFSET = "no static offset is taken from keys; one warning line"
     PLATFORM = "vLLM's own CPU platform stays, and a compressed cache is refused under it"
     NOTHING = "nothing has to be undone"
@@ -322,6 +323,11 @@ NEEDS = (
     Need(
         f"{CONFIG}ModelConfig", Kind.MEMBER, ("get_head_size", "model", "revision"), "to find the weights of a model",
         Without.NOTICE,
+    ),
+    Need(
+        f"{LOADER}weight_utils:download_weights_from_hf", Kind.BEGINS,
+        ("model_name_or_path", "cache_dir", "allow_patterns", "revision"), "to get the weights of a model from a hub",
+        Without.EARLY,
     ),
     # Static key offsets.
     *(
