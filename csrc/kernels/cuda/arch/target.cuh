@@ -62,18 +62,24 @@ TQ_DEVICE uint32_t floor_bits(float x) { return __float_as_uint(__fadd_rd(x, 838
 // Sum of the products of the four unsigned bytes.
 TQ_DEVICE int dot4(uint32_t a, uint32_t b) { return static_cast<int>(__dp4a(a, b, 0u)); }
 
+// Permutes, shifts and logic share one unit, which a lookup would keep busy alone. So the high half comes down by a dot
+// product, and words without a common bit are joined by a multiply-add: both belong to the unit of float arithmetic.
+// The factor is 1 in every launch (device.h), which the compiler does not know; it would go back to an OR.
+TQ_DEVICE uint32_t high_half(uint32_t x) { return __dp2a_lo(x, 0x0100u, 0u); }
+TQ_DEVICE uint32_t join_bits(uint32_t a, uint32_t b) { return a * blockDim.z + b; }
+
 // Bytes 0-15 (kBits 4) or 0-7 (3) of a table, each < 128, at the eight nibbles of w. With a nibble's top bit set a byte
 // permute gives the sign of a table byte, which is 0; so the two halves of a 16-entry table can be looked up apart and
-// joined by OR.
+// joined.
 template <int kBits>
 TQ_DEVICE void lookup_nibbles(const uint32_t (&table)[4], uint32_t w, uint32_t& lo, uint32_t& hi) {
   if constexpr (kBits == 4) {
     const uint32_t x = w ^ 0x88888888u;
-    lo = byte_permute(table[0], table[1], w) | byte_permute(table[2], table[3], x);
-    hi = byte_permute(table[0], table[1], w >> 16) | byte_permute(table[2], table[3], x >> 16);
+    lo = join_bits(byte_permute(table[0], table[1], w), byte_permute(table[2], table[3], x));
+    hi = join_bits(byte_permute(table[0], table[1], high_half(w)), byte_permute(table[2], table[3], high_half(x)));
   } else {
     lo = byte_permute(table[0], table[1], w);
-    hi = byte_permute(table[0], table[1], w >> 16);
+    hi = byte_permute(table[0], table[1], high_half(w));
   }
 }
 
