@@ -104,7 +104,7 @@ TQ_DEVICE void prepare_query(const DecodeParams& p, const QueryArea<C>& area, in
     *reinterpret_cast<uint4*>(area.row(n) + C::kDim + 16 * part) = make_uint4(lo[0], lo[1], lo[2], lo[3]);
     sum = reduce_row<kLanes>(sum, [](int u, int v) { return u + v; });
     unit *= largest * (1.0f / 127.0f) * p.key_book.unit * rsqrtf(static_cast<float>(dim));
-    if (part == 0) area.bias(n) = -C::F::kKeyOffset * sum;
+    if (part == 0) area.bias(n) = -KeyTile<typename C::F, C::kDim, C::kExact>::kOffset * sum;
   } else {
     const float to_one = finite && largest > 0.0f ? 1.0f / largest : 0.0f;
     uint32_t h[8];

@@ -50,6 +50,9 @@ struct KeyTile {
                                                          : 1;
   static constexpr int kWordsPerStep = F::kIntegerKeys ? 2 : 1;  // of a row and lane; integers come as they are
   static constexpr int kWords = kSteps * kWordsPerStep;
+  static constexpr bool kSigned = F::kKeyBits == 5;  // two operands a step: signed_step
+  // What the matrix unit's operands have more than the level: their sum, where there are two.
+  static constexpr int kOffset = kSigned ? -1 : F::kKeyOffset;
 
   // Byte position, within a plane of the query row, of the first B register of a step; the second is next to it.
   TQ_DEVICE static int query_offset(int step, int t) {
@@ -132,12 +135,31 @@ struct KeyTile {
   }
 
   // The matrix unit's operand of step k of one row: unsigned bytes, levels and F::kKeyOffset.
-  TQ_DEVICE static void step_bytes(const DeviceBook& book, const uint32_t (&w)[kWords], const uint32_t (&high)[kSteps],
-                                   int k, uint32_t& a, uint32_t& b) {
+  TQ_DEVICE static void step_bytes(const DeviceBook& book, const uint32_t (&w)[kWords], int k, uint32_t& a,
+                                   uint32_t& b) {
     if constexpr (F::kIntegerKeys) {
       a = w[2 * k], b = w[2 * k + 1];
     } else {
-      levels_of_nibbles<F::kKeyBits>(book, w[k], high[k], a, b);
+      levels_of_nibbles<F::kKeyBits>(book, w[k], 0u, a, b);
+    }
+  }
+
+  // 5 bits: codes c and 31 - c have opposite levels. So one table of 16 magnitudes serves both halves of the book, and
+  // flipping all bits of a byte makes -m - 1 of m where the level is negative. The matrix unit, which is idle most of
+  // the time, evens that out: its second operand is -1 where the level is positive, so that the two add up to the level
+  // and kOffset.
+  TQ_DEVICE static void signed_step(const DeviceBook& book, uint32_t w, uint32_t high, uint32_t (&a)[2],
+                                    uint32_t (&positive)[2]) {
+    const uint32_t bits = high & 0x11111111u;
+    const uint32_t x = w ^ (bits * 15u), y = x ^ 0x88888888u;  // 15 - code where it is positive
+    uint32_t table[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) table[i] = 0x01010101u * kLevelOffset - book.bytes[i];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      positive[h] = byte_permute(0xFF00u, 0, h == 0 ? bits : high_half(bits));
+      const uint32_t low = byte_permute(table[0], table[1], h == 0 ? x : high_half(x));
+      a[h] = join_and_flip(low, byte_permute(table[2], table[3], h == 0 ? y : high_half(y)), positive[h]);
     }
   }
 
@@ -160,17 +182,27 @@ struct KeyTile {
       int hi[NT][4], lo[NT][4];
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
-        uint32_t a0, a1, a2, a3;
-        step_bytes(book, w0, high0, k, a0, a2);
-        step_bytes(book, w1, high1, k, a1, a3);
+        const int none[4] = {0, 0, 0, 0};
+        auto multiply = [&](uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, bool first) {
 #pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-          const int none[4] = {0, 0, 0, 0};
-          const int bias[4] = {q.bias[nt][0], q.bias[nt][1], q.bias[nt][0], q.bias[nt][1]};
-          const uint2 b = query(nt, 0, k);
-          mma_u8s8(hi[nt], a0, a1, a2, a3, b.x, b.y, k == 0 ? none : hi[nt]);
-          const uint2 c = query(nt, 1, k);
-          mma_u8s8(lo[nt], a0, a1, a2, a3, c.x, c.y, k == 0 ? bias : lo[nt]);
+          for (int nt = 0; nt < NT; ++nt) {
+            const int bias[4] = {q.bias[nt][0], q.bias[nt][1], q.bias[nt][0], q.bias[nt][1]};
+            const uint2 b = query(nt, 0, k), c = query(nt, 1, k);
+            mma_int8<kSigned>(hi[nt], a0, a1, a2, a3, b.x, b.y, first ? none : hi[nt]);
+            mma_int8<kSigned>(lo[nt], a0, a1, a2, a3, c.x, c.y, first ? bias : lo[nt]);
+          }
+        };
+        if constexpr (kSigned) {
+          uint32_t a[2], b[2], positive_a[2], positive_b[2];
+          signed_step(book, w0[k], high0[k], a, positive_a);
+          signed_step(book, w1[k], high1[k], b, positive_b);
+          multiply(a[0], b[0], a[1], b[1], k == 0);
+          multiply(positive_a[0], positive_b[0], positive_a[1], positive_b[1], false);
+        } else {
+          uint32_t a0, a1, a2, a3;
+          step_bytes(book, w0, k, a0, a2);
+          step_bytes(book, w1, k, a1, a3);
+          multiply(a0, a1, a2, a3, k == 0);
         }
       }
       uint32_t both = *reinterpret_cast<const uint32_t*>(norms);

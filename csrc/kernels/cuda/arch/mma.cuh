@@ -9,18 +9,26 @@
 
 namespace tq::cuda {
 
-// d = A(u8) * B(s8) + c, k = 32. c apart from d, so that a sum can start from registers that are kept.
-TQ_DEVICE void mma_u8s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+// The name that PTX has for the bytes of A.
+template <bool kSigned>
+struct Int8Type {
+  static constexpr char kName[] = {kSigned ? 's' : 'u', '8', 0};
+};
+
+// d = A(u8 or s8) * B(s8) + c, k = 32. c apart from d, so that a sum can start from registers that are kept.
+template <bool kSigned>
+TQ_DEVICE void mma_int8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
                         const int* c) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.%14.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]),
+        "C"(Int8Type<kSigned>::kName));
 #else  // Turing has 8 x 8 x 16 only
   auto step = [](int& d0, int& d1, uint32_t a, uint32_t b, int c0, int c1) {
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%5};"
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.%6.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%5};"
         : "=r"(d0), "=r"(d1)
-        : "r"(a), "r"(b), "r"(c0), "r"(c1));
+        : "r"(a), "r"(b), "r"(c0), "r"(c1), "C"(Int8Type<kSigned>::kName));
   };
   step(d[0], d[1], a0, b0, c[0], c[1]);
   step(d[0], d[1], a2, b1, d[0], d[1]);

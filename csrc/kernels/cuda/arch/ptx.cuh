@@ -29,6 +29,13 @@ TQ_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return r;
 }
 
+// (a | b) ^ ~c; the compiler would take two instructions.
+TQ_DEVICE uint32_t join_and_flip(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xA9;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 TQ_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
