@@ -11,7 +11,7 @@
 
 namespace tq::cuda {
 
-constexpr int kFoldTiles = 64;  // between two calls of fold_zeros
+constexpr int kFoldTokens = 512;  // of a warp, between two calls of fold_zeros
 
 // What a CTA has besides the memory of decode_memory.h. A lane looks at each warp, and at each row.
 template <class C>
@@ -28,6 +28,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kWarps * 32, 1) decode_kernel(const __grid_constant__ DecodeParams p) {
   using S = Schedule<C::kTileTokens, C::kColumns>;
   using Warp = DecodeWarp<C>;
+  constexpr int kFoldTiles = kFoldTokens / C::kTileTokens;
   extern __shared__ __align__(128) uint8_t smem[];
   __shared__ DecodeShared<C> shared;
   static_assert(sizeof(DecodeShared<C>) <= kStaticSharedBytes);

@@ -289,7 +289,8 @@ struct DecodeWarp {
 
   // Adds the zero points to the outputs. Codes are not negative, so without them the accumulators only grow, and each
   // sum in the matrix unit, which truncates, loses up to 2^-23 of them: over 20,000 tokens of nearly equal weight 1e-4
-  // of something a hundred times as large as the output. Now and then, they are small again.
+  // of something a hundred times as large as the output. Now and then, they are small again. Rotated values need that
+  // sooner: all dimensions lose about as much, and rotating back adds that up in the first one.
   TQ_DEVICE void fold_zeros() {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
