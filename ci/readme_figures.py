@@ -14,12 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.S)
 README = "README.md"
 PLAN_BLOCK = re.compile(r"(<!-- plans -->\n).*?(<!-- end of plans -->)", re.S)
+FORMATS_BLOCK = re.compile(r"(<!-- formats -->\n).*?(<!-- end of formats -->)", re.S)
+SHOWN = ("bf16", "fp8", "tq_8", "tq_k5v4", "tq_4", "turboquant_k8v4", "turboquant_4bit_nc")
+STEP, TOKENS = "decode step, {}, batch 32, context 32000", "KV tokens in 60% of the GPU, {}"
 PLAN = re.compile(r"(?P<model>[^,]+),.*: groups: (?P<groups>\d+), waste (?P<waste>[\d.]+) %")
 PAGE_OF = {
     "plans.json": "docs/models.md",
     "gpu_attention.json": "docs/gpu.md",
     "gpu_formats.json": "docs/gpu.md",
     "gpu_sanitizers.json": "docs/gpu.md",
+    "real_models.json": "docs/formats.md",
 }  # results that are quoted elsewhere than in the README
 FIELDS = ("figure", "value", "unit", "bar", "baseline", "machine", "date", "command")
 EVAL_FIELDS = ("model", "text", "cache", "bytes_per_token", "windows", "window", "kl", "kl_se", "perplexity", "top1", "against",
@@ -101,6 +105,35 @@ def plan_sentence(file: Path) -> str:
     return "vLLM's grouping makes the default list of native layers dear for some models:\n" + ";\n".join(parts) + ".\n"
 
 
+def bytes_of(cache: str) -> int:
+    """Of one token and KV head of 128."""
+    from tq_backend._library import native
+
+    native_bytes = {"bf16": 512, "fp8": 256}
+    return native_bytes.get(cache) or native().kv_cache_spec(cache, 1, 128, 128)["slot_bytes"]
+
+
+def formats_table(answers: Path, engine: Path) -> str:
+    """What each cache costs and keeps: from `tq eval` on real models, and from the engine on a GPU."""
+    rows = json.loads(answers.read_text())
+    steps = {row["figure"]: row["value"] for row in json.loads(engine.read_text())}
+    kinds = list(dict.fromkeys((row["model"], row["text"]) for row in rows))
+    lines = [
+        f"| cache | bytes | {' | '.join(f'{model}, {text}' for model, text in kinds)} | step, ms | KV tokens |",
+        "|---" * (len(kinds) + 4) + "|",
+    ]
+    for cache in SHOWN:
+        found = [
+            next((r for r in rows if (r["model"], r["text"], r["cache"]) == (*kind, cache)), None) for kind in kinds
+        ]
+        kl = [f"{row['kl']:.4f}" if row else "" for row in found]
+        name = cache if cache in ("bf16", "fp8") else f"ours {cache}"
+        step, tokens = steps.get(STEP.format(name)), steps.get(TOKENS.format(name))
+        last = f"{step:.2f} | {tokens / 1e6:.1f} M" if step and tokens else " | "
+        lines.append(f"| {cache} | {bytes_of(cache)} | {' | '.join(kl)} | {last} |")
+    return "\n".join(lines) + "\n"
+
+
 def rewritten(page: str, results: Path, name: str = README) -> str:
     """A page's text with its figures replaced. Raises ValueError if the markers are not there once."""
     files = [file for file in sorted(results.glob("*.json")) if PAGE_OF.get(file.name, README) == name]
@@ -111,6 +144,9 @@ def rewritten(page: str, results: Path, name: str = README) -> str:
     if PLAN_BLOCK.search(new):
         sentence = plan_sentence(results / "plans.json")
         new = PLAN_BLOCK.sub(lambda match: f"{match[1]}{sentence}{match[2]}", new)
+    if FORMATS_BLOCK.search(new):
+        rows = formats_table(results / "real_models.json", results / "gpu_engine.json")
+        new = FORMATS_BLOCK.sub(lambda match: f"{match[1]}{rows}{match[2]}", new)
     return new
 
 

@@ -81,7 +81,7 @@ def test_what_eval_wrote_is_a_table_of_its_own(tmp_path: Path):
                     "kl_se": None, "perplexity": 29.5, "top1": 0.9336, "against": None}  # fmt: skip
     ours = row | {"cache": "tq_8", "note": "", "kl_se": 0.0012, "against": {"format": "fp8", "ratio": 0.25}}
     (tmp_path / "real_models.json").write_text(json.dumps([row, ours]))
-    new = readme_figures.rewritten(EMPTY, tmp_path)
+    new = readme_figures.rewritten(EMPTY, tmp_path, "docs/formats.md")
     assert "`tq eval` on a CPU, 2 cores, 2026-11-28, 2 windows of 2048 tokens:" in new
     assert "| m | prose | fp8 (simulated) | 256 | 0.0200 | 29.5 | 93.36% |  |" in new
     assert "| m | prose | tq_8 | 256 | 0.0200 +-0.0012 | 29.5 | 93.36% | 0.25 times fp8's |" in new
@@ -93,3 +93,20 @@ def test_a_malformed_entry_is_refused(tmp_path: Path):
         readme_figures.rewritten(EMPTY, tmp_path)
     with pytest.raises(ValueError, match="0 blocks"):
         readme_figures.rewritten("no markers\n", tmp_path / "none")
+
+
+def test_the_table_of_formats_is_of_both_files(tmp_path):
+    answers = [{"model": "m", "text": text, "cache": cache, "kl": kl} for text, cache, kl in
+               (("prose", "bf16", 0.0), ("prose", "fp8", 0.05), ("prose", "tq_8", 0.01), ("code", "tq_8", 0.02))]  # fmt: skip
+    figures = {"decode step, ours tq_8, batch 32, context 32000": 3.785, "KV tokens in 60% of the GPU, ours tq_8": 7013968,
+               "decode step, fp8, batch 32, context 32000": 6.356, "KV tokens in 60% of the GPU, fp8": 5369040}  # fmt: skip
+    files = [tmp_path / "answers.json", tmp_path / "engine.json"]
+    files[0].write_text(json.dumps(answers))
+    files[1].write_text(json.dumps([{"figure": figure, "value": value} for figure, value in figures.items()]))
+    lines = readme_figures.formats_table(*files).splitlines()
+    assert lines[0] == "| cache | bytes | m, prose | m, code | step, ms | KV tokens |"
+    assert (
+        "| fp8 | 256 | 0.0500 |  | 6.36 | 5.4 M |" in lines
+        and "| tq_8 | 196 | 0.0100 | 0.0200 | 3.79 | 7.0 M |" in lines
+    )
+    assert all(line.count("|") == 7 for line in lines)
