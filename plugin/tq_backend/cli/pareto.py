@@ -60,7 +60,11 @@ def panel(model: str, rows: Rows, texts: list[str], at: int) -> list[str]:
     out = [
         label((left + right) / 2, 18, model, "middle"),
         label((left + right) / 2, HEIGHT - 8, "bytes per token", "middle"),
+        f'<g transform="rotate(-90 {at + 12} {(top + bottom) / 2})">'
+        + label(at + 12, (top + bottom) / 2, "mean KL to bf16, nat", "middle")
+        + "</g>",
     ]
+    legend = right - 6
     for power in range(low, high + 1):
         _, y = place(0, 10**power)
         out += [f'<line x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#ddd"/>']
@@ -75,13 +79,16 @@ def panel(model: str, rows: Rows, texts: list[str], at: int) -> list[str]:
         x, _ = place(native[0], 10**low)
         out += [f'<line x1="{x:.1f}" y1="{bottom}" x2="{x:.1f}" y2="{top}" stroke="#999" stroke-dasharray="4"/>']
         out += [label(x - 4, top + 12, "bf16", "end")]
+        legend = x - 6
     for number, text in enumerate(texts):
         colour = COLOURS[number % len(COLOURS)]
         own = [row for row in points if row["text"] == text]
         line = " ".join("{:.1f},{:.1f}".format(*place(row["bytes_per_token"], row["kl"])) for row in front(own))
         out += [
             f'<polyline points="{line}" fill="none" stroke="{colour}"/>',
-            label(right, top + 28 + 14 * number, text, "end", colour),
+            label(
+                legend, bottom - 10 - 14 * number, text, "end", colour
+            ),  # where many bytes lose little, no cache stands
         ]
         for row in own:
             x, y = place(row["bytes_per_token"], row["kl"])
