@@ -16,7 +16,8 @@ PYTHON312=${PYTHON312:-python3.12}
 
 cached() { sed -n "s/^$1:[A-Z]*=//p" "$build/CMakeCache.txt"; }
 cmake=$(cached CMAKE_COMMAND)
-pybind=$(cached pybind11_DIR)
+pybind=$(cached pybind11_DIR) # of a build with the Python module
+[ -n "$pybind" ] || pybind=$(.venv/bin/python -c 'import pybind11; print(pybind11.get_cmake_dir())' 2>/dev/null || true)
 pybind=${pybind%/share/cmake/pybind11}/include # of an installed Python package; Debian's headers are in /usr/include
 
 mkdir -p "$out"
