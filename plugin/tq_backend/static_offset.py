@@ -13,7 +13,9 @@ that engines of one model may read each other's pages.
 from __future__ import annotations
 
 import cmath
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,16 +84,29 @@ def mean_turn(angle: float, positions: int) -> complex:
     return cmath.exp(0.5j * (positions - 1) * angle) * math.sin(positions * angle / 2) / (positions * half)
 
 
+@functools.cache
+def shares_left(rotary: Rotary) -> list[list[float]]:
+    """For each length of a served context, what c leaves of the square of each pair: the same for all heads and layers."""
+    lengths = context_lengths(min(rotary.positions, MOST_POSITIONS))
+    c = [sum(mean_turn(angle, n) for n in lengths) / len(lengths) for angle in rotary.angles]
+    return [
+        [
+            1 + abs(x) ** 2 - 2 * (mean_turn(angle, n) * x.conjugate()).real
+            for angle, x in zip(rotary.angles, c, strict=True)
+        ]
+        for n in context_lengths(rotary.served)
+    ]
+
+
 def left_of(bias: Sequence[float], rotary: Rotary | None) -> float:
     """Root of the mean, over the positions of a context, of |R(j) b - c|^2 of one head; of the served context where that is largest."""
     if rotary is None:
         return math.hypot(*bias)
     pairs = len(rotary.angles)
-    lengths, served = context_lengths(min(rotary.positions, MOST_POSITIONS)), context_lengths(rotary.served)
-    totals = [0.0] * len(served)
-    for i, angle in enumerate(rotary.angles):
-        x, y = (bias[2 * i], bias[2 * i + 1]) if rotary.interleaved else (bias[i], bias[pairs + i])
-        c = sum(mean_turn(angle, n) for n in lengths) / len(lengths)
-        for k, n in enumerate(served):
-            totals[k] += (x * x + y * y) * (1 + abs(c) ** 2 - 2 * (mean_turn(angle, n) * c.conjugate()).real)
-    return math.sqrt(max(0.0, *totals))
+    first, second = (
+        (bias[0 : 2 * pairs : 2], bias[1 : 2 * pairs : 2])
+        if rotary.interleaved
+        else (bias[:pairs], bias[pairs : 2 * pairs])
+    )
+    squares = [x * x + y * y for x, y in zip(first, second, strict=True)]
+    return math.sqrt(max(0.0, *(sum(map(operator.mul, squares, shares)) for shares in shares_left(rotary))))

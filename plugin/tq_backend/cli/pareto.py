@@ -64,7 +64,7 @@ def panel(model: str, rows: Rows, texts: list[str], at: int) -> list[str]:
         + label(at + 12, (top + bottom) / 2, "mean KL to bf16, nat", "middle")
         + "</g>",
     ]
-    legend = right - 6
+    legend = right - 6  # down where many bytes lose little: no cache stands there
     for power in range(low, high + 1):
         _, y = place(0, 10**power)
         out += [f'<line x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#ddd"/>']
@@ -86,9 +86,7 @@ def panel(model: str, rows: Rows, texts: list[str], at: int) -> list[str]:
         line = " ".join("{:.1f},{:.1f}".format(*place(row["bytes_per_token"], row["kl"])) for row in front(own))
         out += [
             f'<polyline points="{line}" fill="none" stroke="{colour}"/>',
-            label(
-                legend, bottom - 10 - 14 * number, text, "end", colour
-            ),  # where many bytes lose little, no cache stands
+            label(legend, bottom - 10 - 14 * number, text, "end", colour),
         ]
         for row in own:
             x, y = place(row["bytes_per_token"], row["kl"])

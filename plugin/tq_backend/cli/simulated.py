@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 
-from tq_backend.cli.peers import PEERS
+from tq_backend.cli.peers import LARGEST_E4M3, PEERS
 from tq_backend.cli.reads import attention_layers
 
 FP8 = "fp8"
 SIMULATED = (FP8, *PEERS)
-LARGEST = 448.0  # of e4m3
 Amax = dict[str, tuple[float, float]]  # a layer's largest |key| and |value|
 Rounding = Callable[[str, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def rounded(x: torch.Tensor, scale: float) -> torch.Tensor:
     """Saturated, as vLLM's kernels do it."""
-    codes = (x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    codes = (x.float() / scale).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
     return (codes.float() * scale).to(x.dtype)
 
 
@@ -66,7 +65,7 @@ def unit_scale(name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch
 
 def calibrated(amax: Amax) -> Rounding:
     def change(name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scales = [largest / LARGEST or 1.0 for largest in amax[name]]
+        scales = [largest / LARGEST_E4M3 or 1.0 for largest in amax[name]]
         return rounded(key, scales[0]), rounded(value, scales[1])
 
     return change

@@ -2,7 +2,7 @@
 
 A bias b of the key projection is R(j) b in the key of token j, R(j) being the rotary embedding. c, its mean (static_offset.py says which), may
 be taken from all keys of a head: q.c is one number for all tokens that a query sees, so the softmax stays as it is, whatever c is. What c
-leaves is what the quantizer sees: |b|^2 - |c|^2 of |b|^2 in the mean. Both b and R(j) are asked of the engine's own modules, so
+leaves is what the quantizer sees. Both b and R(j) are asked of the engine's own modules, so
 tensor parallelism, quantized weights, scaled, partial and interleaved rotary embeddings are as they are in its forward pass.
 """
 
@@ -166,17 +166,12 @@ def subtracting(ours: type, network: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def network_of(own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> torch.nn.Module:
-    """The model, by whatever way it was given."""
-    return inspect.signature(own).bind(*args, **kwargs).arguments["model"]
-
-
 def offsets_after(
     ours: type, own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
     """What vLLM's own function gave; and by layer the implementations that want an offset, their offsets, and why layers get none."""
     result = own(*args, **kwargs)
-    network = network_of(own, args, kwargs)
+    network = inspect.signature(own).bind(*args, **kwargs).arguments["model"]  # by whatever way it was given
     impls = subtracting(ours, network)
     return result, impls, *(of_network(network) if impls else ({}, {}))
 
